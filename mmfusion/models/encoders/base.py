@@ -1,0 +1,42 @@
+"""The modality encoder: media tensors to features (N, F, D_m)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from mmfusion.processing.base import MediaProcessor
+from mmfusion.types import MediaTensors
+
+
+class Encoder(nn.Module, ABC):
+    """One pretrained encoder. The constructor reads configuration only; ``build`` makes the modules
+    and loads weights.
+
+    So a recipe can be parsed, described and its processor made without a single weight, and the
+    modules come to life inside Lightning's ``configure_model``, as sharded strategies need.
+    """
+
+    @property
+    @abstractmethod
+    def out_dim(self) -> int:
+        """Width D_m of a feature. Known before ``build``."""
+
+    @abstractmethod
+    def build(self, pretrained: bool = True) -> None:
+        """Make the modules; with ``pretrained`` load every weight, failing if one is missing, else
+        initialise at random.
+        """
+
+    @abstractmethod
+    def media_processor(self) -> MediaProcessor:
+        """The processor that feeds this encoder. Works before ``build``."""
+
+    @abstractmethod
+    def forward(self, tensors: MediaTensors) -> Tensor:
+        """Encode N items.
+
+        Returns:
+            (N, F, D_m); rows with fewer than F valid features are padded at the end.
+        """

@@ -1,0 +1,47 @@
+"""The LLM backbone: embeddings (B, T, D) to hidden states (B, T, D)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LLM(nn.Module, ABC):
+    """A causal language model. As with encoders, the constructor reads configuration only and
+    ``build`` makes the modules.
+    """
+
+    @property
+    @abstractmethod
+    def hidden_dim(self) -> int:
+        """Width D. Known before ``build``."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer with every added token of this recipe. Works before ``build``;
+        made once.
+        """
+
+    @abstractmethod
+    def build(self, pretrained: bool = True) -> None:
+        """Make the modules; with ``pretrained`` load every weight, failing if one is missing, else
+        initialise at random.
+        """
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, D) embeddings. Placeholder ids may be any value: their rows are
+        overwritten.
+        """
+
+    @abstractmethod
+    def forward(self, embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """(B, T, D) to hidden states (B, T, D) after the last norm; attention never crosses a
+        border of ``cu_seqlens``.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., V), with the family's own scaling and soft-capping."""

@@ -1,0 +1,36 @@
+"""Where files are: ``$MMFUSION_CACHE`` and paths in recipes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The user cache: ``$MMFUSION_CACHE``, or ``mmfusion`` below ``$XDG_CACHE_HOME``
+    (``~/.cache``).
+    """
+    if chosen := os.environ.get("MMFUSION_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmfusion"
+
+
+def expand(path: str | Path) -> str:
+    """A path from a recipe with ``~`` and environment variables filled in; ``$MMFUSION_CACHE`` has
+    a default.
+
+    Raises:
+        ValueError: where a variable in the path is not set.
+    """
+    text = str(path)
+    if "MMFUSION_CACHE" in text and not os.environ.get("MMFUSION_CACHE"):
+        text = text.replace("${MMFUSION_CACHE}", str(cache_dir())).replace(
+            "$MMFUSION_CACHE", str(cache_dir())
+        )
+    text = os.path.expanduser(os.path.expandvars(text))
+    if "$" in text:
+        raise ValueError(
+            f"path {str(path)!r} names an environment variable that is not set "
+            f"(got as far as {text!r}); set it."
+        )
+    return text

@@ -1,0 +1,259 @@
+"""What travels through mmfusion, in the order it is made: Sample -> PlannedSample -> EncodedSample
+-> Batch -> ModelOutput.
+
+A *sample* is a conversation whose messages hold text and media. The processor first *plans* it
+(token ids and slot counts, from headers alone), the packer lays planned samples into packs, then
+the media are decoded and the packs collated into a *batch*. Shape letters: B rows, T tokens of a
+row, N media items of a modality in the batch, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained (Hugging Face's convention)."""
+
+Role = Literal["system", "user", "assistant"]
+MediaTensors = dict[str, Tensor]
+"""What a media processor makes of one item, or (with a leading N) of the N items of a batch."""
+
+
+class DataError(ValueError):
+    """A sample that cannot be used: corrupt, empty, too long, too large. Deterministic, so it is
+    skipped and counted.
+
+    Args:
+        reason: a short stable code the error is counted under, e.g. ``corrupt_image``.
+        message: what, got, expected, do this.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """One encoded media file, or a span of it.
+
+    Attributes:
+        modality: ``image``, ``video`` or ``audio``.
+        data: the file's bytes, as stored.
+        format: the file's extension without the dot, lower case (``jpg``, ``ogg``, ``mp4``).
+        start, end: seconds; the part of a video or audio file to use (None: from the start, to the
+            end).
+    """
+
+    modality: str
+    data: bytes = field(repr=False)
+    format: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. Media in a user turn is input."""
+
+    role: Role
+    content: tuple[Text | Media, ...]
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """Which sample, of which pass over which source.
+
+    Attributes:
+        source: name of the source in the recipe's mixture.
+        epoch: how many times the source was passed over before.
+        index: place of the sample in the source, in shard order.
+        position: global position g in the stream (-1 outside the training stream).
+    """
+
+    source: str
+    epoch: int
+    index: int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Messages with text and media, as a converter makes them.
+
+    Attributes:
+        messages: turns in order.
+        format: ``chat`` renders through the tokenizer's chat template; ``plain`` (captions in
+            pretraining) joins the contents after one start token, without roles.
+        shard, key: where it came from, for error lists and reports.
+    """
+
+    messages: tuple[Message, ...]
+    format: Literal["chat", "plain"] = "chat"
+    shard: str = ""
+    key: str = ""
+
+    @property
+    def media(self) -> list[Media]:
+        """All media in reading order."""
+        return [
+            part for message in self.messages for part in message.content if isinstance(part, Media)
+        ]
+
+
+@dataclass(frozen=True)
+class MediaSlots:
+    """Where one media item goes: ``num_tokens`` placeholder slots from ``start``, fed by
+    ``num_features`` features.
+    """
+
+    modality: str
+    num_features: int
+    num_tokens: int
+    start: int
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """Everything about a sample but the decoded media; enough to pack it.
+
+    Attributes:
+        input_ids: (T,) int64; media slots hold the modality's placeholder id.
+        trained: (T,) bool; True where the token is a prediction target.
+        media: slots of each media item in reading order.
+    """
+
+    input_ids: Tensor
+    trained: Tensor
+    media: tuple[MediaSlots, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A planned sample with its media decoded.
+
+    Attributes:
+        tensors: for each entry of ``planned.media``, what its media processor made.
+        ref, shard, key: where it came from.
+    """
+
+    planned: PlannedSample
+    tensors: tuple[MediaTensors, ...]
+    ref: SampleRef | None = None
+    shard: str = ""
+    key: str = ""
+
+
+class _Tensors:
+    """Gives a dataclass ``to`` and ``pin_memory``, through nested dicts and dataclasses
+    (Lightning's transfer looks for them).
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return _map(self, lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Any:
+        return _map(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass
+class MediaBatch(_Tensors):
+    """The items of one modality in a batch, in reading order.
+
+    Attributes:
+        tensors: each with leading N, as the media processor's ``collate`` made them.
+        num_features: (N,) int64, valid features of each item out of the encoder.
+        num_tokens: (N,) int64, placeholder slots of each item; their sum is ``len(slots)``.
+        slots: (sum of num_tokens,) int64, positions in the flattened (B*T) batch, in reading order.
+        idle: True where the batch has no item of this modality: one idle item with no slots keeps
+            the graph the same on every rank; its features reach no loss.
+    """
+
+    tensors: MediaTensors
+    num_features: Tensor
+    num_tokens: Tensor
+    slots: Tensor
+    idle: bool = False
+
+
+@dataclass
+class Batch(_Tensors):
+    """One micro-batch: packs laid end to end in one row (B = 1, ``cu_seqlens`` set), or padded rows
+    (``cu_seqlens`` None).
+
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64; ``input_ids`` where trained, else IGNORE_INDEX. Not shifted: the label
+            at t is predicted from the hidden state at t-1, and the first token of a sample is never
+            a label.
+        position_ids: (B, T) int64, from 0 in every sample.
+        cu_seqlens: (S+1,) int32, sample borders in the row, or None where rows are samples padded
+            on the right.
+        segment_ids: (B, T) int64, index into ``samples``, -1 on padding.
+        media: one entry for every modality of the model, idle or not.
+        step_targets: () int64, supervised tokens in ALL micro-batches of this optimizer step on
+            this rank. Summed over ranks it normalises the loss.
+        samples: one entry a sample, in order.
+        stream: what to commit when the optimizer step that ends with this batch completes (opaque
+            to the model).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    segment_ids: Tensor
+    media: dict[str, MediaBatch]
+    step_targets: Tensor
+    samples: list[BatchSample] = field(default_factory=list)
+    stream: Any = None
+
+
+@dataclass(frozen=True)
+class BatchSample:
+    """Provenance of a sample in a batch (kept on the host)."""
+
+    ref: SampleRef
+    shard: str
+    key: str
+
+
+@dataclass
+class ModelOutput:
+    """What ``AnyToAnyModel.forward`` gives to the objectives.
+
+    Attributes:
+        hidden_states: (B, T, D), after the LLM's last norm.
+        media_tokens: projected media by modality, (N, P, D).
+        idle: () zero, in the graph of every idle row; whoever sums the losses adds it.
+    """
+
+    hidden_states: Tensor
+    media_tokens: dict[str, Tensor]
+    idle: Tensor
+
+
+def _map(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(item, function) for key, item in value.items()}
+    if isinstance(value, _Tensors) and is_dataclass(value):
+        return replace(
+            value, **{f.name: _map(getattr(value, f.name), function) for f in fields(value)}
+        )
+    return value
