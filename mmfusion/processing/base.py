@@ -23,7 +23,7 @@ class MediaProcessor(ABC):
 
     @abstractmethod
     def num_features(self, media: Media) -> int:
-        """Features F that the encoder will give for this item, from its header, without decoding."""
+        """Features F the encoder will give for this item, from its header, without decoding."""
 
     @abstractmethod
     def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
