@@ -96,11 +96,14 @@ class Sample:
         messages: turns in order.
         format: ``chat`` renders through the tokenizer's chat template; ``plain`` (captions in
             pretraining) joins the contents after one start token, without roles.
+        eos: a ``plain`` sample ends with the tokenizer's end token, trained (``chat`` samples end
+            as their template says).
         shard, key: where it came from, for error lists and reports.
     """
 
     messages: tuple[Message, ...]
     format: Literal["chat", "plain"] = "chat"
+    eos: bool = False
     shard: str = ""
     key: str = ""
 

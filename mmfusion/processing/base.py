@@ -16,7 +16,9 @@ from mmfusion.types import Media, MediaTensors
 class MediaProcessor(ABC):
     """Decodes and prepares one modality for one encoder. Picklable: it runs in loader processes.
 
-    Every method raises :class:`mmfusion.types.DataError` for media that cannot be used.
+    Every method raises :class:`mmfusion.types.DataError` for media that cannot be used. Where the
+    number of features differs between items, ``__call__`` also puts the number it really decoded
+    under ``num_features`` (() int64): it is compared with the planned one.
     """
 
     modality: str
