@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,3 +41,9 @@ class Encoder(nn.Module, ABC):
         Returns:
             (N, F, D_m); rows with fewer than F valid features are padded at the end.
         """
+
+    def train(self, mode: bool = True) -> Any:
+        """A frozen encoder stays in evaluation mode: its batch statistics and its dropout must not
+        move.
+        """
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))

@@ -1,0 +1,140 @@
+"""The figure of the architecture: encode each modality, project it, put its tokens among the text's,
+run the LLM.
+
+    image ─► encoder ─► input projector ─┐
+    video ─► encoder ─► input projector ─┼─► LLM ─► hidden states ─► objectives
+    audio ─► encoder ─► input projector ─┤
+    text ────────────────────────────────┘
+
+Legend: B rows, T tokens of a row, D hidden, N items of a modality, F features, P tokens of an item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mmfusion.models import fusion
+from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.llms.base import LLM
+from mmfusion.models.projectors.base import Projector
+from mmfusion.processing.processor import Processor
+from mmfusion.types import Batch, MediaBatch, ModelOutput
+
+
+class AnyToAnyModel(nn.Module):
+    """Encoders, input projectors and the LLM of a recipe.
+
+    Args:
+        encoders: one for each modality.
+        input_projectors: for each modality, what makes its projector from the two widths.
+        llm: the backbone.
+        run_frozen_idle: run frozen encoders on idle rows too, which ZeRO-3 needs (every rank must
+            gather the same weights).
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        input_projectors: Mapping[str, Callable[[int, int], Projector]],
+        llm: LLM,
+        run_frozen_idle: bool = False,
+    ) -> None:
+        super().__init__()
+        if set(encoders) != set(input_projectors):
+            raise ValueError(
+                f"encoders are for {sorted(encoders)}, input_projectors for "
+                f"{sorted(input_projectors)}; give each modality one of both."
+            )
+        self.encoders = nn.ModuleDict(dict(encoders))
+        self.input_projectors = nn.ModuleDict()
+        self.llm = llm
+        self.run_frozen_idle = run_frozen_idle
+        self._factories = dict(input_projectors)
+        self._processor: Processor | None = None
+
+    def build(self, pretrained: bool = True) -> None:
+        """Make every module and load its weights. The second call does nothing."""
+        self.llm.build(pretrained)
+        for modality, encoder in self.encoders.items():
+            encoder.build(pretrained)
+            if modality not in self.input_projectors:
+                self.input_projectors[modality] = self._projector(modality)
+
+    def _projector(self, modality: str) -> Projector:
+        return self._factories[modality](self.encoders[modality].out_dim, self.llm.hidden_dim)
+
+    def processor(self) -> Processor:
+        """The contract with the data: tokenizer, media processors, tokens a media item takes."""
+        if self._processor is None:
+            with torch.device("meta"):  # num_tokens needs no weights
+                projectors = {modality: self._projector(modality) for modality in self.encoders}
+            self._processor = Processor(
+                tokenizer=self.llm.tokenizer(),
+                media={m: encoder.media_processor() for m, encoder in self.encoders.items()},
+                num_tokens={m: projector.num_tokens for m, projector in projectors.items()},
+            )
+        return self._processor
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        embeds, media_tokens, idle = self.embed(batch)
+        hidden = self.llm(embeds, batch.position_ids, batch.cu_seqlens)
+        return ModelOutput(hidden, media_tokens, idle)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Returns (B, T, D) embeddings with the media in their slots, the projected media (N, P, D)
+        by modality, and the idle zero.
+        """
+        if absent := set(self.encoders) - set(batch.media):
+            raise ValueError(f"the batch says nothing of {sorted(absent)}, not even an idle item.")
+        embeds = self.llm.embed(batch.input_ids)
+        idle = embeds.new_zeros(())
+        media_tokens, valid, slots = {}, {}, {}
+        for modality in self.encoders:  # in the recipe's order, the same on every rank
+            media = batch.media[modality]
+            tokens = self._tokens(modality, media)
+            if media.idle:
+                idle = idle + 0.0 * tokens.sum()
+            placeholder = self.processor().placeholder_ids[modality]
+            fusion.check_placeholders(batch.input_ids, media.slots, placeholder, modality)
+            media_tokens[modality], slots[modality] = tokens, media.slots
+            counts = self._checked_counts(modality, media)
+            valid[modality] = fusion.valid_tokens(tokens, counts, modality)
+        return fusion.scatter(embeds, valid, slots), media_tokens, idle
+
+    def _tokens(self, modality: str, media: MediaBatch) -> Tensor:
+        """(N, P, D): the media of one modality, encoded and projected."""
+        encoder, projector = self.encoders[modality], self.input_projectors[modality]
+        trains = any(p.requires_grad for p in encoder.parameters())
+        needed = projector.reads_features and (self.run_frozen_idle or not media.idle)
+        if trains or needed:
+            with nullcontext() if trains else torch.no_grad():
+                features = encoder(media.tensors)
+        else:
+            shape = (len(media.num_features), int(media.num_features.max()), encoder.out_dim)
+            features = torch.zeros(shape, device=media.num_features.device)
+        longest = int(media.num_features.max())
+        if len(features) != len(media.num_features) or features.shape[1] < longest:
+            raise ValueError(
+                f"{modality}: the encoder gave {tuple(features.shape)}, expected "
+                f"{len(media.num_features)} items of up to {longest} features; "
+                "MediaProcessor.num_features and Encoder.forward disagree."
+            )
+        return projector(features, fusion.first_n(media.num_features, features.shape[1]))
+
+    def _checked_counts(self, modality: str, media: MediaBatch) -> Tensor:
+        """(N,) placeholder slots of each item, which must be the tokens its projector gives."""
+        if media.idle:
+            return torch.zeros_like(media.num_tokens)
+        num_tokens = self.input_projectors[modality].num_tokens
+        given = [num_tokens(count) for count in media.num_features.tolist()]
+        if given != media.num_tokens.tolist():
+            raise ValueError(
+                f"{modality}: the projector gives {given} tokens for the batch's items, their "
+                f"placeholder slots are {media.num_tokens.tolist()}; the samples were planned with "
+                "another projector."
+            )
+        return media.num_tokens

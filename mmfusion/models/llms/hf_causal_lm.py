@@ -1,0 +1,241 @@
+"""Any causal language model that transformers knows: LLaMA and its kin, Qwen, Mistral, Gemma, GLM,
+OPT and others, from the hub, a folder or a GGUF file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import is_flash_attn_2_available
+
+from mmfusion.models.llms import attention as varlen
+from mmfusion.models.llms.base import LLM
+from mmfusion.paths import expand
+
+
+class HFCausalLM(LLM):
+    """A Hugging Face causal language model.
+
+    Args:
+        path: hub id, or a folder with ``config.json`` and weights, or a folder with ``gguf_file``.
+        gguf_file: name of a GGUF file inside ``path``; it is dequantised.
+        revision: commit, tag or branch of a hub id; pin it to reproduce a run.
+        dtype: of the weights; ``auto`` keeps the checkpoint's.
+        attention: ``auto`` takes flash_attention_2 where it is installed and there is a GPU, else
+            ``varlen_sdpa``; both keep packed samples apart. Or one of these two by name.
+        new_tokens: tokens added to the vocabulary; their rows start at the mean of all rows and
+            train under :class:`mmfusion.tuning.NewTokens`.
+        gradient_checkpointing: recompute each layer in the backward pass, for memory.
+        local_files_only: never ask the hub, take what its cache holds.
+        trust_remote_code: run the code of the hub repository. Only for repositories you have read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+        attention: Literal["auto", "varlen_sdpa", "flash_attention_2"] = "auto",
+        new_tokens: Sequence[str] = (),
+        gradient_checkpointing: bool = False,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = checked_path(path, "config.json" if gguf_file is None else gguf_file)
+        self.dtype = dtype
+        self.attention = attention
+        self.new_tokens = list(new_tokens)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._source: dict[str, Any] = {
+            "gguf_file": gguf_file,
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        if gguf_file is None:
+            del self._source["gguf_file"]
+        self.model: Any = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's transformers configuration."""
+        return AutoConfig.from_pretrained(self.path, **self._source)
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
+        vocabulary = tokenizer.get_vocab()
+        if known := [token for token in self.new_tokens if token in vocabulary]:
+            raise ValueError(
+                f"new_tokens {known} are in the vocabulary of {self.path} already; leave them out."
+            )
+        tokenizer.add_tokens(self.new_tokens, special_tokens=True)
+        return tokenizer
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """Ids of ``new_tokens``, in their order."""
+        return cast(list[int], self._tokenizer.convert_tokens_to_ids(self.new_tokens))
+
+    def build(self, pretrained: bool = True) -> None:
+        if self.model is not None:
+            return
+        implementation = self.attention
+        if implementation == "auto":
+            flash = torch.cuda.is_available() and is_flash_attn_2_available()
+            implementation = "flash_attention_2" if flash else "varlen_sdpa"
+        options = {"dtype": self.dtype, "attn_implementation": implementation}
+        self.model = self._load(options) if pretrained else self._random(options)
+        if self.new_tokens:
+            self._add_rows()
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _check_head(self)
+
+    def _load(self, options: dict[str, Any]) -> Any:
+        if "gguf_file" in self._source:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.path, output_loading_info=True, **options, **self._source
+        )
+        refuse_missing(info, self.path, type(model).__name__)
+        return model
+
+    def _random(self, options: dict[str, Any]) -> Any:
+        if options["dtype"] == "auto":
+            options["dtype"] = self.config.dtype or torch.float32
+        trust = self._source["trust_remote_code"]
+        return AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust, **options)
+
+    @torch.no_grad()
+    def _add_rows(self) -> None:
+        """Grow the embeddings to hold the new tokens, each row the mean of the old ones (no random
+        draw: every rank gets the same).
+        """
+        old = self.model.get_input_embeddings().weight.shape[0]
+        needed = max(self.new_token_ids) + 1
+        if needed > old:
+            self.model.resize_token_embeddings(needed, mean_resizing=False)
+        known = min(old, min(self.new_token_ids))
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            module.weight[self.new_token_ids] = (
+                module.weight[:known].float().mean(0).to(module.weight.dtype)
+            )
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        table = self.model.get_input_embeddings()
+        return table(input_ids.clamp(max=_rows(table) - 1))
+
+    def forward(self, embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        # use_cache: with a cache HF stops keeping packed samples apart, without a word.
+        output = self.model.base_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            use_cache=False,
+            **self._borders(embeds, cu_seqlens),
+        )
+        return output.last_hidden_state
+
+    def _borders(self, embeds: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+        """What tells the attention where samples begin. Rows padded on the right need nothing but
+        causality.
+        """
+        if self.model.config._attn_implementation == varlen.NAME:
+            if cu_seqlens is None:
+                cu_seqlens = torch.tensor([0, embeds.shape[1]])
+            # Four dimensions: HF takes such a mask as it is and builds none of size T x T.
+            return {
+                "cu_seq_lens_q": cu_seqlens.cpu(),
+                "attention_mask": embeds.new_zeros(1, 1, 1, 1),
+            }
+        if cu_seqlens is None:
+            return {}
+        longest = int(cu_seqlens.diff().max())
+        return {
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        config = self.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def checked_path(path: str, needed_file: str) -> str:
+    """A recipe's ``path`` as a folder or a hub id.
+
+    Raises:
+        FileNotFoundError: where it is a folder without ``needed_file``, or looks like one that is
+            not there.
+    """
+    text = expand(path)
+    if Path(text).is_dir():
+        if not (Path(text) / needed_file).exists():
+            found = sorted(file.name for file in Path(text).iterdir())[:8]
+            raise FileNotFoundError(f"{text} has no {needed_file}; it holds {found}.")
+        return text
+    if text.startswith(("/", ".", "~")) or text != path or text.count("/") > 1:
+        raise FileNotFoundError(
+            f"no folder {text} (from path: {path}); give a folder or a hub id such as org/name."
+        )
+    return text
+
+
+def refuse_missing(info: dict[str, Any], path: str, model: str) -> None:
+    """Fail where ``from_pretrained`` left weights at random (it only logs them)."""
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of {model}, which would stay random: "
+            f"{missing[:8]}{' ...' if len(missing) > 8 else ''}. Is it a checkpoint of this model?"
+        )
+
+
+def _rows(table: nn.Module) -> int:
+    """Rows of an embedding, also where PEFT wraps it."""
+    return int(getattr(table, "base_layer", table).weight.shape[0])
+
+
+@torch.no_grad()
+def _check_head(llm: HFCausalLM) -> None:
+    """Compare :meth:`HFCausalLM.logits` with the family's own on one token: a family that scales
+    its logits in a way unknown here must not train on a wrong loss.
+    """
+    weight = llm.model.get_output_embeddings().weight
+    if weight.is_meta or weight.numel() == 0 or hasattr(weight, "ds_id"):
+        return  # no values here (sharded or on the meta device)
+    ids = torch.tensor([[1]], device=weight.device)
+    training = llm.model.training
+    llm.model.eval()
+    family = llm.model(input_ids=ids, use_cache=False).logits.float()
+    own = llm.logits(llm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    llm.model.train(training)
+    if not torch.allclose(own, family, rtol=1e-2, atol=1e-2):
+        raise NotImplementedError(
+            f"{type(llm.model).__name__} computes its logits in a way HFCausalLM.logits does not "
+            f"know (they differ by {(own - family).abs().max():.3g}); add its scaling there."
+        )
