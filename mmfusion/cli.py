@@ -1,0 +1,141 @@
+"""The ``mmfusion`` command.
+
+``fit``, ``validate``, ``test`` and ``predict`` take a recipe (``mmfusion.training.command``); the
+other commands are functions of ``mmfusion.tools`` whose signature and docstring are their options and
+help. Nothing heavy is imported before a command is known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mmfusion import __version__
+
+if TYPE_CHECKING:
+    from mmfusion.data.datamodule import MultimodalData
+    from mmfusion.training.module import MultimodalModule
+
+RECIPE_COMMANDS = {
+    "fit": "train a recipe; the same command in the same run directory goes on",
+    "validate": "losses and metrics of a run on the recipe's validation data",
+    "test": "as validate, under the name test/",
+    "predict": "loss of every validation sample, as JSON lines",
+}
+TOOLS = {
+    "data build": ("mmfusion.tools.data_build:build", "make shards from a list of samples"),
+    "data index": ("mmfusion.tools.data_index:index", "check shards and write their indexes"),
+    "data at-step": ("mmfusion.tools.data_at_step:at_step", "the samples of an optimizer step"),
+    "describe": ("mmfusion.tools.describe:describe", "parts, shapes, parameters, memory of a recipe"),
+    "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
+    "quickstart": (
+        "mmfusion.tools.quickstart.main:quickstart",
+        "train a model that sees and hears in minutes on a CPU",
+    ),
+}
+TRACEBACK = "MMFUSION_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line (default: this process's)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = os.environ.get(TRACEBACK, "") not in ("", "0")
+    if "--traceback" in args:
+        args.remove("--traceback")
+        show_traceback = True
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if args[0] in ("-V", "--version"):
+        print(f"mmfusion {__version__}")
+        return
+    name, rest = _command(args)
+    try:
+        _run(name, rest)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if show_traceback:
+            raise
+        _fail(name, str(error), 1)
+
+
+def usage() -> str:
+    """What ``mmfusion --help`` prints."""
+    lines = ["usage: mmfusion COMMAND ...", "", "Train any-to-any multimodal LLMs from one recipe.", ""]
+    helps = {**RECIPE_COMMANDS, **{name: text for name, (_, text) in TOOLS.items()}}
+    lines += [f"  {name:<14} {text}" for name, text in helps.items()]
+    lines += [
+        "",
+        "mmfusion COMMAND --help shows the options; mmfusion fit -c RECIPE --print_config the whole",
+        f"recipe. Errors are one message; --traceback (or {TRACEBACK}=1) shows where they came from.",
+    ]
+    return "\n".join(lines)
+
+
+def from_recipe(
+    path: str, overrides: Sequence[str] = ()
+) -> tuple[MultimodalModule, MultimodalData]:
+    """The module and the data of a recipe, without a trainer and without weights.
+
+    Args:
+        path: the recipe, or the ``config.yaml`` of a run.
+        overrides: as on the command line, e.g. ``["--data.pack_tokens=512"]``.
+
+    Raises:
+        ValueError: where the recipe or an override is wrong.
+    """
+    from mmfusion.training.command import parts_of_recipe
+
+    return parts_of_recipe(path, overrides)
+
+
+def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
+    """A run's module with its trained weights.
+
+    Args:
+        run_dir: the run directory.
+        step: the checkpoint of this optimizer step; None takes the newest complete one.
+
+    Raises:
+        FileNotFoundError: where there is no such run or checkpoint.
+    """
+    from mmfusion.training.command import module_of_run
+
+    return module_of_run(run_dir, step)
+
+
+def _command(args: list[str]) -> tuple[str, list[str]]:
+    """The command's name and its arguments."""
+    names = [*RECIPE_COMMANDS, *TOOLS]
+    for length in (2, 1):
+        name = " ".join(args[:length])
+        if name in names:
+            return name, args[length:]
+    typed = " ".join(arg for arg in args[:2] if not arg.startswith("-"))
+    group = [name for name in names if name.split()[0] == args[0]]
+    close = group or difflib.get_close_matches(typed, names, 1) or difflib.get_close_matches(
+        args[0], names, 1
+    )
+    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    _fail("", f"there is no command {typed or args[0]!r}.{hint} See mmfusion --help.", 2)
+
+
+def _run(name: str, args: list[str]) -> Any:
+    if name in RECIPE_COMMANDS:
+        from mmfusion.training.command import RecipeCommand
+
+        return RecipeCommand(name, args)
+    from jsonargparse import auto_cli
+
+    module, function = TOOLS[name][0].split(":")
+    tool = getattr(importlib.import_module(module), function)
+    return auto_cli(tool, args=args, prog=f"mmfusion {name}")
+
+
+def _fail(command: str, message: str, code: int) -> NoReturn:
+    print(f"mmfusion{' ' + command if command else ''}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

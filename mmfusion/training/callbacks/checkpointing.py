@@ -1,0 +1,137 @@
+"""When checkpoints are written and which stay."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
+from mmfusion.training.resume import by_step
+
+log = logging.getLogger(__name__)
+
+
+class RunInterrupted(SystemExit):
+    """The run was asked to stop, finished its step and saved."""
+
+    def __init__(self, signum: int, line: str) -> None:
+        super().__init__(128 + signum)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves the run every ``every_n_steps`` optimizer steps, at its end and when it is asked to stop.
+
+    Each checkpoint is a file of its own, ``checkpoints/step-00000100.ckpt``; the small file
+    ``latest`` names the newest and moves after it is complete; old ones go after that. A first Ctrl-C
+    (or SIGTERM) finishes the step, saves and stops; a second stops at once.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints.
+        keep_last: how many of the newest stay; at least 2.
+        keep_every_n_steps: checkpoints at multiples of this stay for good (None: none do).
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        keep_last: int = 2,
+        keep_every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; expected 1 or more.")
+        if keep_last < 2:
+            raise ValueError(
+                f"checkpoint.keep_last is {keep_last}; expected 2 or more: the newest may be torn."
+            )
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self.keep_every_n_steps = keep_every_n_steps
+        self.folder = Path(FOLDER)
+        self._saved_step = -1
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The trainer's root folder is the run directory."""
+        self.folder = Path(trainer.default_root_dir) / FOLDER
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over Ctrl-C and SIGTERM (after Lightning set its own)."""
+        self._saved_step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save where a step ended that is due, is the last, or was interrupted."""
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        stop = trainer.strategy.reduce_boolean_decision(self._signal != 0, all=False)
+        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self.save(trainer)
+        if stop:
+            line = f"interrupted after step {step}; saved. The same command goes on from here."
+            log.warning(line)
+            raise RunInterrupted(self._signal or signal.SIGTERM, line)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save where the data ended before ``max_steps``."""
+        self.save(trainer)
+        self._release()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write this step's checkpoint, move ``latest``, then remove what is too old. Every rank
+        calls it.
+        """
+        step = trainer.global_step
+        if step == self._saved_step:
+            return
+        path = self.folder / f"step-{step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        self._saved_step = step
+        if trainer.is_global_zero:
+            replace_text(self.folder / LATEST, path.name + "\n")
+            self._remove_old()
+        trainer.strategy.barrier("RunCheckpoint.save")
+
+    def _remove_old(self) -> None:
+        for torn in self.folder.glob(UNFINISHED):
+            torn.unlink()
+        for path in by_step(self.folder)[: -self.keep_last]:
+            step = int(path.stem.removeprefix("step-"))
+            if not self.keep_every_n_steps or step % self.keep_every_n_steps:
+                path.unlink()
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        for taken, handler in self._handlers.items():
+            signal.signal(taken, handler)
+
+    def _release(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._ask_to_stop:
+                signal.signal(number, handler)
+        self._handlers.clear()

@@ -1,0 +1,151 @@
+"""What a checkpoint keeps, and how it is read and written.
+
+It keeps what cannot be downloaded again: what trains now, and what an earlier stage trained though
+it is frozen now. So a checkpoint of stage 1 is as small as its projectors. Everything in it is plain
+tensors, numbers and strings: loading one from a stranger runs no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor, nn
+
+from mmfusion.data.whole_file import write_whole
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+UNFINISHED = ".*.tmp"
+"""What a killed save leaves behind."""
+REQUIRED_KEYS = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Single-file checkpoints, written whole or not at all, read without unpickling objects."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write ``checkpoint`` aside, flush it, rename it to ``path``."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(str(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint to ``map_location`` (the CPU); always ``weights_only``."""
+        return read_checkpoint(path, map_location or "cpu")
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete the file if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint file, refusing anything but plain data."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Replace a small text file, whole or not at all."""
+    with write_whole(str(path)) as file:
+        file.write(text.encode())
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Names in ``module.state_dict()`` that training changes: trainable parameters, and the buffers
+    (running statistics) of modules that have one.
+    """
+    trains = {name for name, parameter in _parameters(module) if parameter.requires_grad}
+    buffers = {
+        name for name, _ in module.named_buffers(remove_duplicate=False) if _owner_trains(module, name)
+    }
+    return (trains | buffers) & set(module.state_dict())
+
+
+def kept_state(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The entries to save, without the rest of a larger storage that an entry is a view of."""
+    return {name: _compact(state[name]) for name in state if name in set(names)}
+
+
+def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> set[str]:
+    """Load kept weights by name into a module that is otherwise built.
+
+    A weight that LoRA has wrapped since (``q_proj.weight`` is now ``q_proj.base_layer.weight``), or
+    no longer wraps, is found as well.
+
+    Args:
+        module: the built module, tuning applied.
+        state: an earlier run's kept weights.
+        origin: named in errors.
+
+    Returns:
+        The names that were loaded, as they are in ``module.state_dict()``.
+
+    Raises:
+        ValueError: where shapes differ or nothing matches.
+    """
+    own = module.state_dict(keep_vars=True)
+    renamed = {_canonical(name): name for name in own}
+    found = {renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed}
+    wrong = [
+        f"{name}: {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+        for name, tensor in found.items()
+        if tensor.shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights of {origin} have another shape in this recipe: "
+            f"{_some(wrong)}. Use the same parts as that run, or train these parts anew in a "
+            "recipe of their own."
+        )
+    if not found:
+        raise ValueError(
+            f"none of the {len(state)} weights of {origin} exists in this recipe's model (there: "
+            f"{_some(sorted(state))}). Give its parts the same names and classes."
+        )
+    with torch.no_grad():
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+    return set(found)
+
+
+def unused_names(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of an earlier run's weights that the module has no place for."""
+    known = {_canonical(name) for name in module.state_dict()}
+    return sorted(name for name in state if _canonical(name) not in known)
+
+
+def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return module.named_parameters(remove_duplicate=False)
+
+
+def _owner_trains(module: nn.Module, buffer: str) -> bool:
+    """Whether the nearest module around the buffer that has parameters has one that trains."""
+    path = buffer.split(".")[:-1]
+    for end in range(len(path), -1, -1):
+        owner = module.get_submodule(".".join(path[:end]))
+        parameters = list(owner.parameters())
+        if parameters:
+            return any(parameter.requires_grad for parameter in parameters)
+    return False
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _canonical(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _some(items: list[str], limit: int = 4) -> str:
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest

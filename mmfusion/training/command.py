@@ -1,0 +1,282 @@
+"""``mmfusion fit|validate|test|predict``: a recipe, a run directory and a trainer, put together."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from mmfusion.data.datamodule import MultimodalData
+from mmfusion.training.callbacks.audit import Audit
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint
+from mmfusion.training.callbacks.stream_state import StreamState
+from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from mmfusion.training.loggers import default_loggers
+from mmfusion.training.module import MultimodalModule
+from mmfusion.training.resume import complete_checkpoint, find
+from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
+
+RESUME_FROM = "MMFUSION_RESUME_FROM"
+"""How rank 0 tells the processes it starts which checkpoint it chose."""
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "accelerator": "auto",
+}
+
+
+class RecipeParser(LightningArgumentParser):
+    """Errors are one message that names the key, with a suggestion."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the error for the command to print."""
+        raise RecipeError(with_suggestion(message, known_keys(self))) from ex
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used."""
+
+
+class RecipeCommand(LightningCLI):
+    """One command over one recipe.
+
+    Args:
+        name: ``fit``, ``validate``, ``test`` or ``predict``; empty: only make the parts.
+        args: the command's arguments.
+    """
+
+    def __init__(self, name: str, args: Sequence[str]) -> None:
+        self.name = name
+        super().__init__(
+            MultimodalModule,
+            MultimodalData,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": f"mmfusion {name}".strip()},
+            parser_class=RecipeParser,
+            args=list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+        if name:
+            getattr(self, name)()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that are ours."""
+        add = parser.add_argument
+        add("--run_dir", type=str | None, help="run directory (default: runs/<recipe's name>)")
+        add(
+            "--resume",
+            type=str,
+            default="auto",
+            help="auto: go on from the newest checkpoint, else start; must: fail without one; "
+            "none: start over; or the path of a checkpoint",
+        )
+        add(
+            "--allow_recipe_change",
+            action="store_true",
+            help="go on although the recipe differs from the one the run started with",
+        )
+        add("--val_every_n_steps", type=int | None, help="optimizer steps between validations")
+        add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
+        add("--wandb_project", type=str, default="mmfusion", help="W&B project")
+        add(
+            "--timeout_minutes",
+            type=float,
+            default=10.0,
+            help="how long a rank waits for the others before the run fails",
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then fill in the run directory."""
+        self.config = parser.parse_args(args)
+        if not self.config.run_dir:
+            recipes = self.config.get("config") or []
+            name = Path(str(recipes[0])).stem if recipes else "unnamed"
+            self.config.run_dir = str(Path("runs") / name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer of this command, with our callbacks and checkpoint files."""
+        if not self.name:
+            return None
+        config = self.config_init
+        given = dict(config.trainer)
+        given["default_root_dir"] = config.run_dir
+        given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
+        given["logger"] = given.get("logger") if isinstance(given.get("logger"), list) else False
+        callbacks = _as_list(given.get("callbacks"))
+        if self.name == "fit":
+            progress = RunProgress(self.recipe(), config.val_every_n_steps)
+            defaults = [StreamState(), Audit(), progress, config.checkpoint]
+            kinds = {type(callback) for callback in callbacks}
+            callbacks += [callback for callback in defaults if type(callback) not in kinds]
+        given["enable_checkpointing"] = self.name == "fit"
+        given["callbacks"] = callbacks
+        if config.val_every_n_steps:
+            given["check_val_every_n_epoch"] = None
+        trainer = L.Trainer(**given)
+        if isinstance(given.get("strategy"), str) and hasattr(trainer.strategy, "_timeout"):
+            trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
+        return trainer
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values."""
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        recipe = yaml.safe_load(text)
+        return {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
+
+    # ---- the four commands
+
+    def fit(self) -> None:
+        """Train, from the newest checkpoint where there is one."""
+        run, recipe = RunDirectory(self.config.run_dir), self.recipe()
+        leads = rank_zero_only.rank == 0
+        if leads:
+            run.check_recipe(recipe, self.config.allow_recipe_change)
+        start = self._agree(run)
+        step = int(read_checkpoint(start, "meta")["global_step"]) if start else 0
+        rank_zero_info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
+        with run.open(recipe) if leads else nullcontext() as attempt:
+            if attempt is not None:
+                run.set_aside(step if start else -1, attempt)
+                attempt.step = step
+            self._progress().attempt = attempt
+            if not isinstance(self.config_init.trainer.get("logger"), list):
+                self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+
+    def validate(self) -> None:
+        """Losses and metrics of the run on ``data.val_sources``."""
+        self._load_run()
+        self.trainer.validate(self.model, self.datamodule)
+
+    def test(self) -> None:
+        """As :meth:`validate`, under ``test/``."""
+        self._load_run()
+        self.trainer.test(self.model, self.datamodule)
+
+    def predict(self) -> None:
+        """Write the loss of each sample to ``predictions.jsonl`` in the run directory."""
+        self._load_run()
+        batches = self.trainer.predict(self.model, self.datamodule) or []
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        name = "predictions.jsonl" if world == 1 else f"predictions-{rank}-of-{world}.jsonl"
+        path = Path(self.config.run_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for batch in batches for row in batch]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} samples in {path}")
+
+    def _load_run(self) -> None:
+        """Give the model the run's trained weights."""
+        run = RunDirectory(self.config.run_dir)
+        start = self._agree(run)
+        if start is None:
+            rank_zero_info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
+            return
+        self.model.restore(start)
+        rank_zero_info(f"weights of {start}")
+
+    def _agree(self, run: RunDirectory) -> Path | None:
+        """The checkpoint to start from; rank 0 chooses for all.
+
+        Processes that Lightning starts are told by the environment, those of torchrun or Slurm
+        through the process group.
+        """
+        if rank_zero_only.rank != 0 and RESUME_FROM in os.environ:
+            return Path(chosen) if (chosen := os.environ[RESUME_FROM]) else None
+        start = find(run.path, self.config.resume) if rank_zero_only.rank == 0 else None
+        chosen = str(start) if start else ""
+        if self._started_from_outside():
+            self.trainer.strategy.setup_environment()
+            chosen = self.trainer.strategy.broadcast(chosen)
+        else:
+            os.environ[RESUME_FROM] = chosen
+        return Path(chosen) if chosen else None
+
+    def _started_from_outside(self) -> bool:
+        cluster = getattr(self.trainer.strategy, "cluster_environment", None)
+        return cluster is not None and cluster.creates_processes_externally
+
+    def _progress(self) -> RunProgress:
+        return next(c for c in self.trainer.callbacks if isinstance(c, RunProgress))
+
+    def _loggers(self, run: RunDirectory, attempt: int) -> list[Any]:
+        config = self.config
+        leads = rank_zero_only.rank == 0
+        return default_loggers(
+            run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
+        )
+
+
+def parts_of_recipe(
+    path: str, overrides: Sequence[str] = ()
+) -> tuple[MultimodalModule, MultimodalData]:
+    """The module and the data of a recipe, without a trainer and without weights."""
+    command = RecipeCommand("", ["--config", str(path), *overrides])
+    return command.model, command.datamodule
+
+
+def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
+    """A run's module, built from its ``config.yaml``, with the weights of a checkpoint.
+
+    Args:
+        run_dir: the run directory.
+        step: the checkpoint of this optimizer step; None takes the newest complete one.
+
+    Raises:
+        FileNotFoundError: where there is no such run or checkpoint.
+    """
+    run = RunDirectory(run_dir)
+    if not run.config.is_file():
+        raise FileNotFoundError(f"{run.path} is not a run directory: it has no {run.config.name}.")
+    chosen = run.path if step is None else run.checkpoints / f"step-{step:08d}.ckpt"
+    path = complete_checkpoint(chosen, "the run")
+    module, _ = parts_of_recipe(str(run.config))
+    module.restore(path)
+    return module
+
+
+def with_suggestion(message: str, keys: Sequence[str]) -> str:
+    """A parser's message, and the known key that is closest to the one it names."""
+    named = re.findall(r"""['"`]?-{0,2}([A-Za-z_][\w.-]*)['"`]?""", message)
+    known = set(keys)
+    for name in named:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, keys, 1, cutoff=0.75)
+        if close:
+            return f"{message.strip()}\nDid you mean {close[0]!r}?"
+    return message.strip()
+
+
+def known_keys(parser: LightningArgumentParser) -> list[str]:
+    """Every key of a recipe, whole and by its last name."""
+    whole = [action.dest for action in parser._actions]
+    return sorted({*whole, *(key.rsplit(".", 1)[-1] for key in whole)})
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

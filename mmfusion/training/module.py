@@ -1,0 +1,302 @@
+"""The one LightningModule of all stages: parts, tuning, objectives, optimizer.
+
+A stage is a recipe; a loss is an objective; a behaviour is a callback. What is here is what every
+stage does: build the parts, say what trains, load what an earlier stage trained, sum the objectives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from mmfusion import tuning as tune
+from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.llms.base import LLM
+from mmfusion.models.projectors.base import Projector
+from mmfusion.objectives.base import Loss, Objective
+from mmfusion.training.checkpoint import (
+    kept_state,
+    load_kept,
+    read_checkpoint,
+    trained_names,
+    unused_names,
+)
+from mmfusion.training.resume import complete_checkpoint
+from mmfusion.training.schedules import WarmupCosine
+from mmfusion.tuning import Policy
+from mmfusion.types import Batch, BatchSample
+
+log = logging.getLogger(__name__)
+
+
+def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW as LLMs are trained with; rates and weight decays come from the tuning policies."""
+    return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+
+class MultimodalModule(L.LightningModule):
+    """Trains the parts of a recipe.
+
+    Args:
+        encoders: modality encoder of each modality.
+        input_projectors: input projector of each modality; the widths are filled in.
+        llm: the LLM backbone.
+        objectives: the losses, summed by their weights.
+        tuning: for each part (``llm``, ``input_projectors``, ``encoders.image``, ...) how it trains;
+            a part that is not named is frozen.
+        optimizer: made with the parameter groups of the tuning policies.
+        schedule: learning rate by optimizer step.
+        init_from: an earlier run (or one of its checkpoints) whose trained weights this one starts
+            from.
+        compile: compile the LLM with torch.compile.
+        seed: of new weights and of dropout. The command takes it from ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        encoders: dict[str, Encoder],
+        input_projectors: dict[str, Callable[[int, int], Projector]],
+        llm: LLM,
+        objectives: dict[str, Objective],
+        tuning: dict[str, Policy | list[Policy]],
+        optimizer: OptimizerCallable = adamw,
+        schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
+        init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not objectives:
+            raise ValueError("model.objectives is empty: name at least one loss.")
+        self.model = AnyToAnyModel(encoders, input_projectors, llm)
+        self.objectives = nn.ModuleDict(objectives)
+        self.tuning = tuning
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.init_from = init_from
+        self.compile_llm = compile
+        self.seed = seed
+        self.inherited: set[str] = set()
+        """Names of the weights that came from an earlier stage; checkpoints keep them."""
+        self.strict_loading = False  # on_load_checkpoint is stricter: it knows what must be there
+        self._built = False
+        self._step_targets = torch.zeros((), dtype=torch.int64)
+        self._step_losses: dict[str, Tensor] = {}
+        self._step_samples: list[BatchSample] = []
+
+    # ---- building
+
+    def configure_model(self) -> None:
+        """Build the parts, apply the tuning, load the earlier stage. The second call does nothing."""
+        if self._built:
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.model.build()
+            tune.apply(self.model, self.tuning)
+        if self.init_from:
+            self._load_earlier(self.init_from)
+        if self.compile_llm:
+            self.model.llm.compile(dynamic=True)
+        self._built = True
+
+    def _load_earlier(self, init_from: str) -> None:
+        path = complete_checkpoint(init_from, "model.init_from")
+        state = read_checkpoint(path)["state_dict"]
+        self.inherited = load_kept(self, state, str(path))
+        log.info("%d tensors from %s", len(self.inherited), path)
+        if unused := unused_names(self, state):
+            log.warning("%d tensors of %s have no place here: %s", len(unused), path, unused)
+
+    def setup(self, stage: str) -> None:
+        """Split each optimizer step into this world's micro-batches."""
+        if stage == "fit":
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.trainer.accumulate_grad_batches = data.micro_batches_per_step(
+                self.trainer.world_size
+            )
+
+    def train(self, mode: bool = True) -> MultimodalModule:
+        """Training mode for parts that train; frozen ones stay as they are evaluated."""
+        super().train(mode)
+        for part in [*self.model.encoders.values(), *self.model.input_projectors.values()]:
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    # ---- a training step
+
+    def on_fit_start(self) -> None:
+        """Loading leaves modules in evaluation mode, and Lightning keeps what it finds."""
+        self.train()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make the step's randomness a function of the step, and sum its targets over the ranks."""
+        splits = self.trainer.accumulate_grad_batches
+        micro = batch_idx % splits
+        torch.manual_seed(_key(self.seed, self.global_step, self.global_rank * splits + micro))
+        if micro == 0:
+            targets = self.trainer.strategy.reduce(batch.step_targets.clone(), reduce_op="sum")
+            self._step_targets = cast(Tensor, targets).clamp(min=1)
+            self._step_losses, self._step_samples = {}, []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The sum of the objectives, divided so that any split of a step gives the same gradients:
+        the strategy averages over ranks, Lightning divides by the micro-batches.
+        """
+        output = self.model(batch)
+        losses = self._losses(output, batch)
+        splits = self.trainer.accumulate_grad_batches
+        shares = {
+            name: self._weight(name) * loss.total / self._step_targets
+            for name, loss in losses.items()
+        }
+        share = torch.stack(list(shares.values())).sum()
+        for name, value in {"loss": share, **shares}.items():
+            self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach().float()
+        self._step_samples += batch.samples
+        if (batch_idx + 1) % splits == 0:
+            self._finish_step()
+        loss = share * self.trainer.world_size * splits + output.idle
+        return {"loss": loss, "losses": {name: _detached(loss) for name, loss in losses.items()}}
+
+    def _finish_step(self) -> None:
+        """Before the step's last backward pass: refuse a loss that is not finite, log the sums."""
+        if not torch.isfinite(self._step_losses["loss"]):
+            names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
+            shown = "\n  ".join(names[:32]) + (f"\n  and {len(names) - 32} more" if names[32:] else "")
+            parts = {name: float(value) for name, value in self._step_losses.items()}
+            raise FloatingPointError(
+                f"the loss of optimizer step {self.global_step} is not finite ({parts}) on rank "
+                f"{self.global_rank}; no weight was changed by this step. Lower the learning rate, set "
+                f"trainer.gradient_clip_val, or look at its samples:\n  {shown}"
+            )
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            names = list(self._step_losses)
+            sums = torch.stack([self._step_losses[name] for name in names])
+            sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+            for name, value in zip(names, sums):
+                self.log(f"train/{name}", value, prog_bar=name == "loss")
+
+    def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
+        return {name: loss(self.model, output, batch) for name, loss in self.objectives.items()}
+
+    def _weight(self, name: str) -> float:
+        return cast(Objective, self.objectives[name]).weight
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Losses of a batch; ``val/loss`` is their mean over the supervised tokens."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """As validation, under ``test/``."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """For each sample, where it is from, its loss and its supervised tokens."""
+        losses = self._losses(self.model(batch), batch)
+        rows = []
+        for i, sample in enumerate(batch.samples):
+            row: dict[str, Any] = {"source": sample.ref.source, "shard": sample.shard}
+            row |= {"key": sample.key, "index": sample.ref.index}
+            for name, loss in losses.items():
+                row[name] = float(loss.per_sample[i])
+                row[f"{name}_tokens"] = int(loss.per_sample_count[i])
+            rows.append(row)
+        return rows
+
+    def _evaluate(self, batch: Batch, prefix: str) -> dict[str, Loss]:
+        losses = self._losses(self.model(batch), batch)
+        total = torch.zeros((), device=self.device)
+        for name, loss in losses.items():
+            count = int(loss.count)
+            mean = loss.total.detach().float() / max(count, 1)
+            total = total + self._weight(name) * mean
+            self._log_mean(f"{prefix}/{name}", mean, count)
+        self._log_mean(f"{prefix}/loss", total, max(int(loss.count) for loss in losses.values()))
+        return losses
+
+    def _log_mean(self, name: str, mean: Tensor, count: int) -> None:
+        self.log(name, mean, batch_size=count, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
+
+    # ---- optimizer and checkpoints
+
+    def configure_optimizers(self) -> Any:
+        """One group a policy and part, the schedule by optimizer step."""
+        optimizer = self.make_optimizer(tune.parameter_groups(self.model, self.tuning))
+        scheduler = self.schedule(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains now or trained in an earlier stage."""
+        names = trained_names(self) | self.inherited
+        checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds this recipe's trained weights, and say in this world's
+        micro-batches how far the run was.
+        """
+        self.check_names(set(checkpoint["state_dict"]))
+        self.inherited = set(checkpoint["state_dict"]) - trained_names(self)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            _count_in_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def restore(self, path: str | Path) -> None:
+        """Build the parts and load a checkpoint of this recipe, to use or evaluate them."""
+        self.init_from = None  # what came from there is in the checkpoint
+        self.configure_model()
+        state = read_checkpoint(path)["state_dict"]
+        self.check_names(set(state))
+        load_kept(self, state, str(path))
+
+    def check_names(self, there: set[str]) -> None:
+        """Refuse a checkpoint that lacks a weight that trains here, or holds one with no place here.
+
+        Args:
+            there: names of the checkpoint's tensors.
+        """
+        if missing := sorted(trained_names(self) - there):
+            raise ValueError(
+                f"the checkpoint has no weights for {len(missing)} tensors that train here: "
+                f"{missing[:4]}. It was made with another model.tuning."
+            )
+        if surplus := sorted(there - set(self.state_dict())):
+            raise ValueError(
+                f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It was "
+                "made with other parts or another model.tuning."
+            )
+
+
+def _detached(loss: Loss) -> Loss:
+    return Loss(loss.total.detach(), loss.count, loss.per_sample, loss.per_sample_count)
+
+
+def _key(*parts: int) -> int:
+    """A seed from numbers, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _count_in_micro_batches(checkpoint: dict[str, Any], splits: int) -> None:
+    """Lightning counts micro-batches and steps where their count is a multiple of ``splits``; another
+    number of ranks changes ``splits``, so the count is made anew from the optimizer steps.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = checkpoint["global_step"] * splits
+    for counts in (progress["total"], progress["current"]):
+        unfinished = counts["ready"] - counts["completed"]
+        counts.update(ready=done, started=done, processed=done, completed=done - unfinished)

@@ -1,0 +1,273 @@
+"""The run directory: everything about one run, and what makes the same command go on.
+
+::
+
+    config.yaml      the resolved recipe
+    run.json         stable id (also W&B's), when it was made, versions
+    status.json      running | finished | failed | interrupted, step, attempt, reason
+    attempts/0001/   command, machine and log of each start
+    checkpoints/     step-00000100.ckpt ... and ``latest``
+    metrics.csv, quarantine.jsonl, wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import lightning as L
+import yaml
+
+from mmfusion.training.checkpoint import FOLDER, UNFINISHED, replace_text
+from mmfusion.training.resume import STEP_NAME, by_step
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+NOT_THE_RECIPE = ("run_dir", "resume", "allow_recipe_change", "config", "ckpt_path", "weights_only")
+"""Arguments of a start, not of the run."""
+
+FREE_KEYS = (
+    "checkpoint",
+    "val_every_n_steps",
+    "wandb",
+    "wandb_project",
+    "timeout_minutes",
+    "data.num_workers",
+    "data.packs_per_micro_batch",
+    *(
+        f"trainer.{key}"
+        for key in (
+            "accelerator strategy devices num_nodes logger callbacks max_time log_every_n_steps "
+            "enable_progress_bar enable_model_summary profiler benchmark detect_anomaly "
+            "default_root_dir plugins limit_val_batches val_check_interval"
+        ).split()
+    ),
+)
+"""Keys that may differ between two starts of a run: they change neither packs nor losses."""
+
+
+class RunDirectory:
+    """The files of a run.
+
+    Args:
+        path: the directory; made when the run starts.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.identity = self.path / "run.json"
+        self.status_file = self.path / "status.json"
+        self.checkpoints = self.path / FOLDER
+        self.quarantine = self.path / "quarantine.jsonl"
+
+    @property
+    def id(self) -> str:
+        """The run's stable id; known after :meth:`open`."""
+        return str(json.loads(self.identity.read_text())["id"])
+
+    def status(self) -> dict[str, Any]:
+        """The last status written, or an empty dict."""
+        return json.loads(self.status_file.read_text()) if self.status_file.exists() else {}
+
+    def check_recipe(self, recipe: Mapping[str, Any], allow_change: bool = False) -> None:
+        """Refuse to go on with another recipe.
+
+        Raises:
+            ValueError: where the recipe differs from the one the run started with in a key that
+                changes what is trained.
+        """
+        if allow_change or not self.config.exists() or not by_step(self.checkpoints):
+            return
+        before = yaml.safe_load(self.config.read_text())
+        if changes := list(differences(before, recipe)):
+            raise ValueError(
+                f"{self.path} was started with another recipe; {len(changes)} keys differ:\n  "
+                + "\n  ".join(changes)
+                + "\nUse another --run_dir, or go on with the new values by --allow_recipe_change."
+            )
+
+    def open(self, recipe: Mapping[str, Any]) -> Attempt:
+        """Write the recipe and begin the next attempt (on rank 0 only)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for torn in self.checkpoints.glob(UNFINISHED):
+            torn.unlink()
+        if not self.identity.exists():
+            content = {"id": secrets.token_hex(4), "created": _now(), "versions": _versions()}
+            replace_text(self.identity, json.dumps(content, indent=2))
+        kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
+        text = yaml.safe_dump({"run_dir": str(self.path), **kept}, sort_keys=False)
+        replace_text(self.config, text)
+        return Attempt(self)
+
+    def set_aside(self, after_step: int, attempt: Attempt) -> None:
+        """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that no
+        later resume mixes them with this attempt's.
+        """
+        newer = [p for p in by_step(self.checkpoints) if _step(p) > after_step]
+        for path in newer:
+            target = attempt.path / "earlier_checkpoints" / path.name
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        if newer:
+            log = logging.getLogger(__name__)
+            log.warning("%d checkpoints beyond step %d moved to %s", len(newer), after_step, target.parent)
+
+
+class Attempt:
+    """One start of a run: a context that keeps ``status.json`` and the attempt's log.
+
+    Leaving it by an error writes ``failed`` with the reason, by Ctrl-C or a signal ``interrupted``.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        folder = run.path / "attempts"
+        numbers = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+        self.run = run
+        self.number = max(numbers, default=0) + 1
+        self.path = folder / f"{self.number:04d}"
+        self.path.mkdir(parents=True)
+        self.step = 0
+        self._written = 0.0
+        self._handler = logging.FileHandler(self.path / "log.txt")
+
+    def __enter__(self) -> Attempt:
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in ("mmfusion", "lightning", "py.warnings"):
+            logging.getLogger(name).addHandler(self._handler)
+        about = {
+            "command": sys.argv,
+            "started": _now(),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+            "versions": _versions(),
+        }
+        replace_text(self.path / "attempt.json", json.dumps(about, indent=2))
+        self.write("running")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.write("finished")
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
+            self.write("interrupted", str(error) or type(error).__name__)
+        else:
+            self.write("failed", f"{type(error).__name__}: {error}")
+            text = "".join(traceback.format_exception(kind, error, trace))
+            with (self.path / "log.txt").open("a") as file:
+                file.write(text)
+        for name in ("mmfusion", "lightning", "py.warnings"):
+            logging.getLogger(name).removeHandler(self._handler)
+        self._handler.close()
+
+    def progress(self, step: int, every_seconds: float = 5.0) -> None:
+        """Note the optimizer step; written now and then."""
+        self.step = step
+        if time.monotonic() - self._written >= every_seconds:
+            self.write("running")
+
+    def write(self, state: State, reason: str = "") -> None:
+        """Replace ``status.json``."""
+        self._written = time.monotonic()
+        content = {
+            "state": state,
+            "step": self.step,
+            "attempt": self.number,
+            "reason": reason,
+            "updated": _now(),
+        }
+        replace_text(self.run.status_file, json.dumps(content, indent=2))
+
+
+class RunProgress(L.Callback):
+    """Keeps ``status.json`` up to date, gives the loggers the recipe, and counts validations in
+    optimizer steps (Lightning counts micro-batches, which depend on the number of ranks).
+
+    Args:
+        recipe: the resolved recipe.
+        val_every_n_steps: optimizer steps between validations; None leaves it to the trainer.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any], val_every_n_steps: int | None = None) -> None:
+        self.recipe = dict(recipe)
+        self.val_every_n_steps = val_every_n_steps
+        self.attempt: Attempt | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the recipe; set the validation interval."""
+        if self.val_every_n_steps:
+            splits = trainer.accumulate_grad_batches
+            trainer.val_check_interval = self.val_every_n_steps * splits  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.recipe)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Note the step."""
+        if self.attempt is not None:
+            self.attempt.progress(trainer.global_step)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """``key: before -> now`` of every key that differs and matters."""
+    flat_before, flat_now = dict(_flatten(before)), dict(_flatten(now))
+    for key in sorted(flat_before.keys() | flat_now.keys()):
+        old, new = flat_before.get(key), flat_now.get(key)
+        if old != new and not _is_free(key):
+            yield f"{key}: {old!r} -> {new!r}"
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *NOT_THE_RECIPE))
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flatten(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _step(path: Path) -> int:
+    match = STEP_NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("mmfusion", "torch", "lightning", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
