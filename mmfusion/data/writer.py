@@ -1,0 +1,197 @@
+"""Records -> WebDataset shards, each with its index; read back by :mod:`mmfusion.data.shards`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import Mapping
+from types import TracebackType
+
+from mmfusion.data.index import index_path, scan, write_index
+from mmfusion.data.whole_file import publish, temporary_path
+
+_NUMBER = re.compile(r"%0?\d*d")
+
+
+class ShardWriter:
+    """Writes numbered tars. A shard appears with its index when it is complete, or not at all; the
+    same records give the same bytes.
+
+    Use it as a context manager: where the block ends with an exception, the unfinished shard is
+    dropped and the finished ones stay (see ``discard``).
+
+    Args:
+        pattern: path with a number, e.g. ``data/train-%06d.tar``.
+        max_samples: samples in a shard.
+        max_bytes: bytes of records in a shard; a larger record gets a shard of its own.
+        overwrite: remove all shards of this pattern first. Without it their presence is an error,
+            so that no old shard stays among new ones.
+
+    Attributes:
+        paths: the finished shards.
+        num_samples: records written so far.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        max_samples: int = 10_000,
+        max_bytes: int = 1 << 30,
+        overwrite: bool = False,
+    ) -> None:
+        folder, name = os.path.split(pattern)
+        if len(_NUMBER.findall(name)) != 1 or not name.endswith(".tar"):
+            raise ValueError(
+                f"shard pattern {pattern!r} must end in .tar and hold one number such as %06d"
+            )
+        if max_samples < 1 or max_bytes < 1:
+            raise ValueError(f"max_samples={max_samples} and max_bytes={max_bytes} must be >= 1")
+        os.makedirs(folder or ".", exist_ok=True)
+        self._pattern, self._max_samples, self._max_bytes = pattern, max_samples, max_bytes
+        self._clear(folder or ".", name, overwrite)
+        self.paths: list[str] = []
+        self.num_samples = 0
+        self._shard: _OpenTar | None = None
+
+    def write(self, key: str, record: Mapping[str, bytes]) -> None:
+        """Append a record.
+
+        Args:
+            key: the sample's name; unique in the shard, without dots and slashes.
+            record: extension without its leading dot (``jpg``, ``json``, ``0.jpg``) to content; the
+                files are written in this order.
+
+        Raises:
+            ValueError: for a key or an extension that readers would not give back as it is.
+        """
+        _check_key(key)
+        _check_record(key, record)
+        size = sum(len(content) for content in record.values())
+        full = self._shard is not None and (
+            len(self._shard.keys) >= self._max_samples
+            or self._shard.num_bytes + size > self._max_bytes
+        )
+        if full:
+            self._finish()
+        if self._shard is None:
+            self._shard = _OpenTar(temporary_path(self._pattern % len(self.paths)))
+        if key in self._shard.keys:
+            raise ValueError(f"key {key!r} was already written; keys must be unique")
+        self._shard.add(key, record)
+        self.num_samples += 1
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        if self._shard is not None:
+            self._finish()
+
+    def discard(self) -> None:
+        """Remove every shard that this writer made."""
+        self._abort()
+        for path in self.paths:
+            os.unlink(path)
+            os.unlink(index_path(path))
+        self.paths.clear()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abort()
+
+    def _finish(self) -> None:
+        """Index first, then the tar: no tar is ever seen without its index."""
+        assert self._shard is not None
+        path = self._pattern % len(self.paths)
+        self._shard.close()
+        write_index(path, scan(self._shard.path))
+        publish(self._shard.path, path)
+        self.paths.append(path)
+        self._shard = None
+
+    def _abort(self) -> None:
+        if self._shard is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._shard.path)
+            self._shard.file.close()
+            self._shard = None
+
+    def _clear(self, folder: str, name: str, overwrite: bool) -> None:
+        start, end = _NUMBER.split(name)
+        shard = re.compile(re.escape(start) + r"\d+" + re.escape(end) + r"(\.idx)?$")
+        present = sorted(found for found in os.listdir(folder) if shard.match(found))
+        if present and not overwrite:
+            raise FileExistsError(
+                f"{folder} already holds {present[0]} and {len(present) - 1} more files of "
+                f"{self._pattern}; choose another name, or overwrite them (overwrite=True)"
+            )
+        for found in present:
+            os.unlink(os.path.join(folder, found))
+
+
+class _OpenTar:
+    """A tar under way, under a temporary name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.keys: set[str] = set()
+        self.num_bytes = 0
+        self.file = open(path, "xb")  # noqa: SIM115  (open from write to write)
+        self._tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
+
+    def add(self, key: str, record: Mapping[str, bytes]) -> None:
+        for extension, content in record.items():
+            # a TarInfo's own defaults are fixed: time 0, user 0, mode 644
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(content)
+            self._tar.addfile(info, io.BytesIO(content))
+            self.num_bytes += len(content)
+        self.keys.add(key)
+
+    def close(self) -> None:
+        self._tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def _check_key(key: str) -> None:
+    if not key or "." in key or "/" in key or "\0" in key or key.startswith("__"):
+        raise ValueError(
+            f"key {key!r}: expected a name without dots (the first one starts the extension) and "
+            "slashes, not empty and not starting with __; replace them, e.g. by -"
+        )
+    _check_encodable(key)
+
+
+def _check_record(key: str, record: Mapping[str, bytes]) -> None:
+    if not record:
+        raise ValueError(f"record {key!r} holds no files; expected at least one extension")
+    for extension, content in record.items():
+        odd = extension != extension.lower() or "/" in extension or "\0" in extension
+        if not extension or odd or extension.startswith((".", "__")):
+            raise ValueError(
+                f"extension {extension!r} of {key!r}: expected lower case without a leading dot, "
+                "slashes or a leading __, such as jpg or 0.jpg"
+            )
+        _check_encodable(extension)
+        if not isinstance(content, bytes):
+            raise TypeError(f"{key}.{extension} is {type(content).__name__}, expected bytes")
+
+
+def _check_encodable(name: str) -> None:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"name {name!r} cannot be written as UTF-8") from None
