@@ -1,15 +1,16 @@
-"""Pictures on white, and short clips in which a picture moves: the derived part of the data sets."""
+"""Pictures on white, and short clips in which a picture moves: the derived part of the data."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import av
 import numpy as np
 from PIL import Image
 
-Frame = Image.Image
+Frame: TypeAlias = Image.Image
 
 MOTIONS = {
     "right": "moves from left to right",
@@ -79,6 +80,7 @@ def motion_frames(image: Frame, motion: str, count: int, size: int) -> list[Fram
 
 
 def encode_jpeg(image: Frame, quality: int = 88) -> bytes:
+    """The picture as a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

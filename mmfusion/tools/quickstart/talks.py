@@ -1,0 +1,110 @@
+"""Multi-turn instructions about pictures, speech and clips, made of what people wrote of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mmfusion.tools.quickstart.concepts import fraction, split_of
+from mmfusion.tools.quickstart.datasets import (
+    CLIP_FRAMES,
+    CLIP_RATE,
+    CLIP_SIZE,
+    LANGUAGES,
+    PICTURE_SIZE,
+    SPOKEN,
+    Entry,
+    chat_entry,
+    motion_caption,
+)
+from mmfusion.tools.quickstart.pictures import (
+    MOTIONS,
+    encode_jpeg,
+    encode_mp4,
+    flatten,
+    motion_frames,
+)
+from mmfusion.tools.quickstart.sources import KINDS, Picture
+
+Turns = list[tuple[str, str]]
+
+
+def talks(items: Sequence[Picture]) -> Iterator[Entry]:
+    """For every stamp a conversation about its picture, and by turns one about its speech, about
+    both together, or about a clip of it.
+    """
+    for item in items:
+        if item.source not in ("stamps", "clipart"):
+            continue
+        yield about_picture(item)
+        spoken = sorted(set(item.speech) & set(SPOKEN))
+        kinds = [about_clip, *([about_speech, about_both] if spoken else [])]
+        for maker in kinds:
+            yield maker(item)
+
+
+def about_picture(item: Picture) -> Entry:
+    """What it is, which kind of thing, and how that is said in another language."""
+    picture = encode_jpeg(flatten(item.load(), PICTURE_SIZE))
+    turns = [("<image>\nWhat is in this picture?", item.caption), *_kind(item), *_translation(item)]
+    return _entry(item, "picture", {"jpg": picture}, turns)
+
+
+def about_speech(item: Picture) -> Entry:
+    """What a person says, in English."""
+    language = _language(item)
+    turns = [("<audio>\nWhat does the speaker say, in English?", item.caption), *_kind(item)]
+    return _entry(item, f"speech-{language}", {"ogg": item.speech[language].read_bytes()}, turns)
+
+
+def about_both(item: Picture) -> Entry:
+    """Picture and speech in one turn."""
+    picture = encode_jpeg(flatten(item.load(), PICTURE_SIZE))
+    media = {"jpg": picture, "ogg": item.speech[_language(item)].read_bytes()}
+    question = "<image>\n<audio>\nThe speaker names what the picture shows. What is it, in English?"
+    return _entry(item, "both", media, [(question, item.caption), *_translation(item)])
+
+
+def about_clip(item: Picture) -> Entry:
+    """What moves, and how."""
+    motion = sorted(MOTIONS)[int(fraction(f"talk about {item.name}") * len(MOTIONS))]
+    clip = encode_mp4(motion_frames(item.load(), motion, CLIP_FRAMES, CLIP_SIZE), CLIP_RATE)
+    turns = [
+        ("<video>\nWhat happens in this clip?", motion_caption(item.caption, motion)),
+        ("What does it do?", f"It {MOTIONS[motion]}."),
+    ]
+    return _entry(item, "clip", {"mp4": clip}, turns)
+
+
+def _language(item: Picture) -> str:
+    spoken = sorted(set(item.speech) & set(SPOKEN))
+    return spoken[int(fraction(f"language of {item.name}") * len(spoken))]
+
+
+def _kind(item: Picture) -> Turns:
+    """A choice between the stamp's kind and another one, in an order of its own."""
+    if not item.kind:
+        return []
+    others = sorted(set(KINDS.values()) - {item.kind})
+    pair = [item.kind, others[int(fraction(f"other kind for {item.name}") * len(others))]]
+    if fraction(f"order for {item.name}") < 0.5:
+        pair.reverse()
+    return [(f"Is it {pair[0]} or {pair[1]}?", f"It is {item.kind}.")]
+
+
+def _translation(item: Picture) -> Turns:
+    known = sorted(set(item.translations) & set(LANGUAGES))
+    if not known:
+        return []
+    language = known[int(fraction(f"translation of {item.name}") * len(known))]
+    return [(f"Say it in {LANGUAGES[language]}.", item.translations[language])]
+
+
+def _entry(item: Picture, kind: str, media: dict[str, bytes], turns: Turns) -> Entry:
+    return chat_entry(
+        split_of(item.concept),
+        f"{kind}-{item.source}-{item.name}",
+        media,
+        turns,
+        concept=item.concept,
+        source=f"talks-{kind.split('-')[0]}",
+    )
