@@ -30,9 +30,6 @@ MAX_RATE = 768_000
 RUN_UP_SECONDS = 0.5
 """Decoded before a span and thrown away: a codec needs some packets before it is exact again."""
 
-BLOCK = 1 << 18
-"""Frames read at once where they are thrown away."""
-
 MAX_MISSING_SECONDS, MAX_MISSING_SHARE = 0.1, 0.02
 """How much shorter than its header's promise a sound may decode (codecs pad) before it counts as
 truncated."""
@@ -155,12 +152,12 @@ def _read_soundfile(data: bytes, format: str, start: float, seconds: float) -> t
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             first, count = round(start * file.samplerate), round(seconds * file.samplerate)
-            # libsndfile lands beside the place in some MP3s, so those are read from the start.
+            # libsndfile lands beside the place in MP3s (also between two reads): one read from 0.
             run_up = first if file.format == "MP3" else round(RUN_UP_SECONDS * file.samplerate)
-            at = file.seek(max(first - run_up, 0))
-            while at < first:
-                at += len(file.read(min(first - at, BLOCK), always_2d=True)) or first
-            return file.read(count, dtype="float32", always_2d=True), file.samplerate
+            if skip := max(first - run_up, 0):
+                file.seek(min(skip, file.frames))
+            channels = file.read(first - skip + count, dtype="float32", always_2d=True)
+            return channels[first - skip :], file.samplerate
     except soundfile.SoundFileError as error:
         raise _corrupt(format, error) from error
 
