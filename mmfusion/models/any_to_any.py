@@ -1,5 +1,5 @@
-"""The figure of the architecture: encode each modality, project it, put its tokens among the text's,
-run the LLM.
+"""The figure of the architecture: encode each modality, project it, put its tokens among the
+text's, run the LLM.
 
     image ─► encoder ─► input projector ─┐
     video ─► encoder ─► input projector ─┼─► LLM ─► hidden states ─► objectives
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,16 @@ class AnyToAnyModel(nn.Module):
     def build(self, pretrained: bool = True) -> None:
         """Make every module and load its weights. The second call does nothing."""
         self.llm.build(pretrained)
-        for modality, encoder in self.encoders.items():
-            encoder.build(pretrained)
+        for modality in self.encoders:
+            self._encoder(modality).build(pretrained)
             if modality not in self.input_projectors:
                 self.input_projectors[modality] = self._projector(modality)
 
     def _projector(self, modality: str) -> Projector:
-        return self._factories[modality](self.encoders[modality].out_dim, self.llm.hidden_dim)
+        return self._factories[modality](self._encoder(modality).out_dim, self.llm.hidden_dim)
+
+    def _encoder(self, modality: str) -> Encoder:
+        return cast(Encoder, self.encoders[modality])
 
     def processor(self) -> Processor:
         """The contract with the data: tokenizer, media processors, tokens a media item takes."""
@@ -74,7 +78,7 @@ class AnyToAnyModel(nn.Module):
                 projectors = {modality: self._projector(modality) for modality in self.encoders}
             self._processor = Processor(
                 tokenizer=self.llm.tokenizer(),
-                media={m: encoder.media_processor() for m, encoder in self.encoders.items()},
+                media={m: self._encoder(m).media_processor() for m in self.encoders},
                 num_tokens={m: projector.num_tokens for m, projector in projectors.items()},
             )
         return self._processor
@@ -107,7 +111,8 @@ class AnyToAnyModel(nn.Module):
 
     def _tokens(self, modality: str, media: MediaBatch) -> Tensor:
         """(N, P, D): the media of one modality, encoded and projected."""
-        encoder, projector = self.encoders[modality], self.input_projectors[modality]
+        encoder = self._encoder(modality)
+        projector = cast(Projector, self.input_projectors[modality])
         trains = any(p.requires_grad for p in encoder.parameters())
         needed = projector.reads_features and (self.run_frozen_idle or not media.idle)
         if trains or needed:
@@ -129,8 +134,8 @@ class AnyToAnyModel(nn.Module):
         """(N,) placeholder slots of each item, which must be the tokens its projector gives."""
         if media.idle:
             return torch.zeros_like(media.num_tokens)
-        num_tokens = self.input_projectors[modality].num_tokens
-        given = [num_tokens(count) for count in media.num_features.tolist()]
+        projector = cast(Projector, self.input_projectors[modality])
+        given = [projector.num_tokens(count) for count in media.num_features.tolist()]
         if given != media.num_tokens.tolist():
             raise ValueError(
                 f"{modality}: the projector gives {given} tokens for the batch's items, their "

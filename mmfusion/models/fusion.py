@@ -1,6 +1,7 @@
 """Media tokens into their placeholder slots: pure tensor functions, every count checked.
 
-B rows, T tokens of a row, D hidden, N media items of a modality, P tokens an item (padded), S slots.
+B rows, T tokens of a row, D hidden, N media items of a modality, P tokens of an item (padded), S
+slots.
 """
 
 from __future__ import annotations

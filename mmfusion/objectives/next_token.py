@@ -111,12 +111,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if wanted:
                     grads = torch.autograd.grad(loss.sum(), [hidden, *parameters])
                     hidden_grads.append(grads[0])
-                    for total, grad in zip(sums, grads[1:]):
+                    for total, grad in zip(sums, grads[1:], strict=True):
                         total += grad
             losses.append(loss.detach())
         hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden_KD)
         ctx.save_for_backward(
-            hidden_grad, *[total.to(p.dtype) for total, p in zip(sums, parameters)]
+            hidden_grad, *[total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)]
         )
         losses_K = torch.cat(losses)
         ctx.mark_non_differentiable(losses_K)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import pytest
 import torch
 
-from mmfusion.models.projectors.learned_tokens import LearnedTokens
 from mmfusion.models.projectors.linear import Linear
 from mmfusion.models.projectors.mlp import MLP
 from mmfusion.objectives.next_token import NextToken

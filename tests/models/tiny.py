@@ -187,14 +187,15 @@ def make_batch(
         ids.append(sample_ids)
         labels.append(sample_labels)
     length = sum(map(len, ids)) if packed else max(map(len, ids))
-    starts, rows = [], []
-    for sample_ids in ids:
-        starts.append(sum(len(i) for i in ids[: len(starts)]) if packed else len(starts) * length)
-        rows.append(0 if packed else len(rows))
+    starts = []
+    for index in range(len(ids)):
+        starts.append(sum(map(len, ids[:index])) if packed else index * length)
     shape = (1 if packed else len(ids)) * length
     flat = torch.full((shape,), 2)
     flat_labels, segments, positions = flat * 0 + IGNORE_INDEX, flat * 0 - 1, flat * 0
-    for index, (start, sample_ids, sample_labels) in enumerate(zip(starts, ids, labels)):
+    for index, (start, sample_ids, sample_labels) in enumerate(
+        zip(starts, ids, labels, strict=True)
+    ):
         span = slice(start, start + len(sample_ids))
         flat[span], flat_labels[span] = torch.tensor(sample_ids), torch.tensor(sample_labels)
         segments[span], positions[span] = index, torch.arange(len(sample_ids))

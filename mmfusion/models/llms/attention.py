@@ -57,7 +57,7 @@ def varlen_sdpa(
             "does not know; set attention: flash_attention_2 where it supports them."
         )
     lengths = cu_seq_lens_q.diff().tolist()
-    spans = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
+    spans = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
     outputs = [_causal(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in spans]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
@@ -72,21 +72,19 @@ def _causal(
     softcap: float | None,
 ) -> Tensor:
     """Causal attention of one sample, (B, H, T, E)."""
-    length = query.shape[2]
-    mask = None
-    if softcap is not None or (sliding_window and length > sliding_window):
-        place = torch.arange(length, device=query.device)
-        mask = place[:, None] >= place
-        if sliding_window:
-            mask &= place[:, None] - place < sliding_window
+    place = torch.arange(query.shape[2], device=query.device)
+    mask = place[:, None] >= place
+    if sliding_window:
+        mask &= place[:, None] - place < sliding_window
     if softcap is None:
+        masked = sliding_window is not None and len(place) > sliding_window
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,
+            attn_mask=mask if masked else None,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=not masked,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -217,7 +217,7 @@ def refuse_missing(info: dict[str, Any], path: str, model: str) -> None:
 
 def _rows(table: nn.Module) -> int:
     """Rows of an embedding, also where PEFT wraps it."""
-    return int(getattr(table, "base_layer", table).weight.shape[0])
+    return len(cast(nn.Embedding, getattr(table, "base_layer", table)).weight)
 
 
 @torch.no_grad()

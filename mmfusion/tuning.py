@@ -1,0 +1,406 @@
+"""What trains, and with which learning rate: ``tuning: {part: policy}``. What is not named is
+frozen.
+
+A part is a submodule path of :class:`AnyToAnyModel`: ``llm``, ``input_projectors``,
+``encoders.image``. :func:`apply` puts the policies on a built model and gives the optimizer's
+parameter groups; :func:`audit` prints what trains and refuses a recipe that cannot be meant;
+:func:`check_reaches_loss` refuses a parameter that no loss reaches.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mmfusion.models.any_to_any import AnyToAnyModel
+
+Named = dict[str, nn.Parameter]
+
+
+class ParamGroup(TypedDict):
+    """One optimizer group: of a part, under a policy, with or without weight decay."""
+
+    params: list[nn.Parameter]
+    name: str
+    part: str
+    lr: float
+    weight_decay: float
+
+
+class TuningError(ValueError):
+    """A recipe whose tuning cannot be meant."""
+
+
+class Policy(ABC):
+    """How one part trains.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: of weights; norms, biases and other vectors have none.
+    """
+
+    def __init__(self, lr: float, weight_decay: float = 0.0) -> None:
+        self.lr = lr
+        self.weight_decay = weight_decay
+
+    @abstractmethod
+    def attach(self, name: str, part: nn.Module) -> Named:
+        """Add what the policy needs to the part, and give the parameters that train, by their name
+        in the part.
+
+        Raises:
+            TuningError: where the policy finds nothing to act on.
+        """
+
+
+class Frozen(Policy):
+    """Nothing trains (as if the part were not named)."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+
+    def attach(self, name: str, part: nn.Module) -> Named:
+        return {}
+
+
+class Full(Policy):
+    """Every parameter of the part trains.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: of weights; norms, biases and other vectors have none.
+    """
+
+    def __init__(self, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(lr, weight_decay)
+
+    def attach(self, name: str, part: nn.Module) -> Named:
+        parameters = dict(part.named_parameters())
+        if not parameters:
+            raise TuningError(f"tuning.{name}: the part has no parameters to train.")
+        return parameters
+
+
+class LoRA(Policy):
+    """Low-rank adapters beside linear layers (arXiv:2106.09685), by PEFT. In fp32 also where the
+    part is bf16.
+
+    Args:
+        lr: peak learning rate.
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r (None: 2 r).
+        dropout: on the adapters' input.
+        targets: ``all-linear`` (all but the output head), names' ends (``[q_proj, v_proj]``), or a
+            regular expression for the whole module name inside the part.
+        use_rslora: scale by alpha / sqrt(r) (arXiv:2312.03732).
+        weight_decay: of the adapters.
+        train: False keeps the adapters, loaded by ``init_from``, but frozen.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        r: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: str | list[str] = "all-linear",
+        use_rslora: bool = False,
+        weight_decay: float = 0.0,
+        train: bool = True,
+    ) -> None:
+        super().__init__(lr, weight_decay)
+        self.r = r
+        self.alpha = 2 * r if alpha is None else alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.use_rslora = use_rslora
+        self.train = train
+
+    def attach(self, name: str, part: nn.Module) -> Named:
+        if not _parameters_with("lora_", part):
+            config = LoraConfig(
+                r=self.r,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes floats too
+                lora_dropout=self.dropout,
+                target_modules=self._matched(name, part),
+                use_rslora=self.use_rslora,
+            )
+            inject_adapter_in_model(config, part)
+        adapters = _in_fp32(_parameters_with("lora_", part))
+        return adapters if self.train else {}
+
+    def _matched(self, name: str, part: nn.Module) -> list[str]:
+        """Names of the targeted linear layers in the part."""
+        layers = _linear_layers(part)
+        if self.targets == "all-linear":
+            heads = [m.get_output_embeddings() for m in _pretrained(part)]
+            found = [key for key, module in layers.items() if all(module is not h for h in heads)]
+            missed = [] if found else ["all-linear"]
+        elif isinstance(self.targets, str):
+            found = [key for key in layers if re.fullmatch(self.targets, key)]
+            missed = [] if found else [self.targets]
+        else:
+            ends = {t: [k for k in layers if k == t or k.endswith("." + t)] for t in self.targets}
+            missed = [target for target, keys in ends.items() if not keys]
+            found = sorted({key for keys in ends.values() for key in keys})
+        if missed or not found:
+            known = sorted({key.rsplit(".", 1)[-1] for key in layers})
+            raise TuningError(
+                f"tuning.{name}: LoRA targets {missed or self.targets} match no linear layer; its "
+                f"layers are named {known}."
+            )
+        return found
+
+
+class NewTokens(Policy):
+    """Only the rows of the LLM's ``new_tokens`` train, in the embeddings and in the output head, by
+    PEFT; every other row stays bit for bit.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: of the new rows.
+        train: False keeps the rows, loaded by ``init_from``, but frozen.
+    """
+
+    def __init__(self, lr: float, weight_decay: float = 0.0, train: bool = True) -> None:
+        super().__init__(lr, weight_decay)
+        self.train = train
+
+    def attach(self, name: str, part: nn.Module) -> Named:
+        if not (ids := _new_token_ids(part)):
+            raise TuningError(
+                f"tuning.{name}: NewTokens finds no new tokens there; list them in the LLM's "
+                "new_tokens, and put the policy on the LLM."
+            )
+        if not _parameters_with("trainable_tokens_delta", part):
+            model = _pretrained(part)[0]
+            tables = [model.get_input_embeddings()]
+            if not model.config.get_text_config().tie_word_embeddings:
+                tables.append(model.get_output_embeddings())
+            names = [key for key, m in model.named_modules() if any(m is t for t in tables)]
+            config = TrainableTokensConfig(token_indices=ids, target_modules=names)
+            inject_adapter_in_model(config, model)
+        rows = _in_fp32(_parameters_with("trainable_tokens_delta", part))
+        return rows if self.train else {}
+
+
+def apply(
+    model: AnyToAnyModel, tuning: Mapping[str, Policy | Sequence[Policy]]
+) -> list[ParamGroup]:
+    """Freeze a built model but for what the policies train.
+
+    Args:
+        model: built; adapters are added to it in place.
+        tuning: for each part, its policy or policies.
+
+    Returns:
+        The optimizer's groups, in the order of ``tuning``.
+
+    Raises:
+        TuningError: for a key that names no part, a policy that matches nothing, or a parameter
+            that two policies claim.
+    """
+    claimed: list[tuple[str, Policy, Named]] = []
+    for name, policies in tuning.items():
+        part = _part(model, name)
+        for policy in [policies] if isinstance(policies, Policy) else policies:
+            claimed.append((name, policy, policy.attach(name, part)))
+    model.requires_grad_(False)
+    owners: dict[nn.Parameter, str] = {}
+    groups: list[ParamGroup] = []
+    for name, policy, parameters in claimed:
+        label = f"{name}/{type(policy).__name__}"
+        for key, parameter in parameters.items():
+            if parameter in owners:
+                raise TuningError(
+                    f"{name}.{key} is claimed by {owners[parameter]} and by {label}; name each "
+                    "part once, and no part inside another."
+                )
+            owners[parameter] = label
+            parameter.requires_grad_(True)
+        groups += _groups(label, name, policy, list(parameters.values()))
+    model.train(model.training)  # frozen encoders go back to evaluation mode
+    return groups
+
+
+def _groups(
+    label: str, part: str, policy: Policy, parameters: list[nn.Parameter]
+) -> list[ParamGroup]:
+    """With and without weight decay; one group where there is none to apply."""
+    vectors = [p for p in parameters if p.ndim < 2] if policy.weight_decay else []
+    weights = [p for p in parameters if p.ndim >= 2] if policy.weight_decay else parameters
+    groups = (
+        ParamGroup(
+            params=weights, name=label, part=part, lr=policy.lr, weight_decay=policy.weight_decay
+        ),
+        ParamGroup(
+            params=vectors, name=f"{label}/no_decay", part=part, lr=policy.lr, weight_decay=0.0
+        ),
+    )
+    return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One part of the model."""
+
+    part: str
+    kind: str
+    parameters: int
+    trainable: int
+    dtype: str
+    lr: str
+
+
+@dataclass(frozen=True)
+class AuditTable:
+    """What trains, part by part; ``str`` draws it, ``rows`` go to the logger."""
+
+    rows: list[AuditRow]
+
+    def __str__(self) -> str:
+        head = ("part", "class", "parameters", "trainable", "dtype", "lr")
+        lines = [head, *((r.part, r.kind, f"{r.parameters:,}", f"{r.trainable:,}", r.dtype, r.lr)
+                 for r in self.rows)]  # fmt: skip
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if index in (2, 3) else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def audit(
+    model: AnyToAnyModel, groups: Sequence[ParamGroup], loaded: Collection[str] = ()
+) -> AuditTable:
+    """The table of what trains.
+
+    Args:
+        model: after :func:`apply`.
+        groups: what :func:`apply` gave.
+        loaded: names of the parameters that came from ``init_from``.
+
+    Raises:
+        TuningError: where nothing trains, what trains is not what the optimizer holds, or new
+            tokens neither train nor were loaded.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = {parameter for group in groups for parameter in group["params"]}
+    trains = {parameter for parameter in names if parameter.requires_grad}
+    if not trains:
+        raise TuningError(
+            "nothing trains: every part is frozen. Name a part in tuning, for example "
+            "input_projectors: {class_path: mmfusion.tuning.Full, init_args: {lr: 1.0e-3}}."
+        )
+    if held != trains:
+        odd = sorted(names.get(p, "a parameter that left the model") for p in held ^ trains)
+        raise TuningError(
+            f"{len(odd)} parameters train without being in the optimizer, or the reverse: "
+            f"{odd[:5]}; nothing may change requires_grad after tuning.apply."
+        )
+    _check_new_tokens(model, loaded)
+    parts = [
+        *((f"encoders.{name}", module) for name, module in model.encoders.items()),
+        *((f"input_projectors.{name}", module) for name, module in model.input_projectors.items()),
+        ("llm", model.llm),
+    ]
+    return AuditTable([_row(name, part, groups) for name, part in parts])
+
+
+def _row(name: str, part: nn.Module, groups: Sequence[ParamGroup]) -> AuditRow:
+    parameters = list(part.parameters())
+    own = set(parameters)
+    rates = {f"{g['lr']:g}": None for g in groups if own & set(g["params"])}
+    dtypes = {str(p.dtype).removeprefix("torch."): None for p in parameters}
+    return AuditRow(
+        part=name,
+        kind=type(part).__name__,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        dtype=", ".join(dtypes) or "-",
+        lr=", ".join(rates) or "-",
+    )
+
+
+def _check_new_tokens(model: AnyToAnyModel, loaded: Collection[str]) -> None:
+    """New tokens must train or come from ``init_from``; else they stay the mean row for good."""
+    if not (ids := _new_token_ids(model.llm)):
+        return
+    rows = {
+        f"llm.{prefix}.{name}": parameter
+        for prefix, module in model.llm.named_modules()
+        if isinstance(module, (nn.Embedding, TrainableTokensLayer))
+        for name, parameter in module.named_parameters()
+        if "delta" in name or (isinstance(module, nn.Embedding) and len(parameter) > max(ids))
+    }
+    if not any(parameter.requires_grad or name in loaded for name, parameter in rows.items()):
+        raise TuningError(
+            f"the LLM has {len(ids)} new tokens, but their rows neither train nor were loaded from "
+            "init_from; add mmfusion.tuning.NewTokens to tuning.llm, or drop new_tokens."
+        )
+
+
+def check_reaches_loss(model: nn.Module) -> None:
+    """Call after the first backward pass: every trainable parameter must have a gradient.
+
+    Raises:
+        TuningError: with the names of those that have none.
+    """
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if lost:
+        raise TuningError(
+            f"{len(lost)} trainable parameters reach no loss: {lost[:8]}"
+            f"{' ...' if len(lost) > 8 else ''}. Freeze their part, or check that its output is "
+            "used."
+        )
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = [key for key, _ in model.named_modules() if key and key.count(".") < 2]
+        near = difflib.get_close_matches(name, parts, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        main = [key for key in parts if not key.startswith("llm.")]
+        raise TuningError(f"tuning.{name} names no part of the model {main}{hint}") from None
+
+
+def _pretrained(part: nn.Module) -> list[PreTrainedModel]:
+    """Outermost transformers models in the part."""
+    models = [module for module in part.modules() if isinstance(module, PreTrainedModel)]
+    return models[:1]
+
+
+def _linear_layers(part: nn.Module) -> dict[str, nn.Module]:
+    kinds: Any = (nn.Linear, Conv1D)
+    return {name: module for name, module in part.named_modules() if isinstance(module, kinds)}
+
+
+def _new_token_ids(part: nn.Module) -> list[int]:
+    return list(part.new_token_ids) if getattr(part, "new_tokens", None) else []  # type: ignore[arg-type]
+
+
+def _parameters_with(text: str, part: nn.Module) -> Named:
+    return {name: p for name, p in part.named_parameters() if text in name}
+
+
+def _in_fp32(parameters: Named) -> Named:
+    """Adapters in half precision lose small updates."""
+    for parameter in parameters.values():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return parameters
