@@ -1,0 +1,216 @@
+"""The `data:` section of a recipe: sources in, batches out.
+
+The training stream stands at ``state``, which is changed by whoever commits completed optimizer
+steps (:class:`mmfusion.training.callbacks.stream_state.StreamStateCallback`), never by loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from mmfusion.data.loader import Division, FixedLoader, TrainLoader, Workers
+from mmfusion.data.reader import Budget
+from mmfusion.data.source import Source
+from mmfusion.data.state import StreamState
+from mmfusion.data.stream import make_spec
+from mmfusion.data.validation import ValidationBatches
+from mmfusion.processing.processor import Processor
+
+
+class MultimodalData(L.LightningDataModule):
+    """Mixes sources by weight, packs their samples and deals the packs to ranks and micro-batches.
+
+    The samples of every optimizer step follow from these arguments alone, not from ranks,
+    micro-batches or loader processes.
+
+    Args:
+        sources: training sources by name.
+        val_sources: validation sources by name; also used by test and predict.
+        pack_tokens: most tokens of a pack; a longer sample is left out and counted.
+        pack_media: most encoder features of a pack, by modality; modalities that are not named
+            are limited by their tokens alone.
+        packs_per_step: packs of an optimizer step over all ranks (the global batch).
+        packs_per_micro_batch: packs of one forward pass of one rank.
+        lanes: independent orders the samples are dealt to. More ranks than lanes in a step read and
+            plan some samples twice; best is a multiple of the ranks that divides or is divided by
+            packs_per_step. For a small source and few epochs take as many as packs_per_step.
+        window: samples of a lane that are packed together.
+        block: contiguous samples kept near one another for reading.
+        seed: of the order and of every sample's random numbers.
+        num_workers: loader processes of a rank; 0 loads in the main process.
+        pad_rows: one padded row a sample instead of packs end to end (a baseline to measure with).
+        epochs: end after each sample was seen this often; None goes on without end, mixing by
+            weight.
+        max_bad_fraction: most samples that may be unusable before the run stops.
+        val_limit: validation samples of each source, evenly spread; None takes all.
+        worker_start: how loader processes start: fork, spawn or forkserver; None is the platform's.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        val_sources: dict[str, Source] | None = None,
+        pack_tokens: int = 2048,
+        pack_media: dict[str, int] | None = None,
+        packs_per_step: int = 8,
+        packs_per_micro_batch: int = 1,
+        lanes: int = 64,
+        window: int = 256,
+        block: int = 256,
+        seed: int = 0,
+        num_workers: int = 1,
+        pad_rows: bool = False,
+        epochs: float | None = None,
+        max_bad_fraction: float = 0.05,
+        val_limit: int | None = None,
+        worker_start: str | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "packs_per_step": packs_per_step, "packs_per_micro_batch": packs_per_micro_batch,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if not sources:
+            raise ValueError("data.sources is empty; name at least one source.")
+        self.sources, self.val_sources = sources, val_sources or {}
+        self.pack_tokens, self.pack_media = pack_tokens, pack_media or {}
+        self.packs_per_step, self.packs_per_micro_batch = packs_per_step, packs_per_micro_batch
+        self.lanes, self.window, self.block, self.seed = lanes, window, block, seed
+        self.pad_rows, self.epochs, self.val_limit = pad_rows, epochs, val_limit
+        self.max_bad_fraction = max_bad_fraction
+        self.workers = Workers(num_workers, worker_start)
+        self.processor: Processor | None = None
+        self.managed = False
+        """Whether a callback commits the steps of this module's stream."""
+        self._state: StreamState | None = None
+        self._val: FixedLoader | None = None
+
+    def attach(self, processor: Processor) -> None:
+        """Set the processor by hand, where no trainer does."""
+        self.processor = processor
+        self._state = self._val = None
+
+    def setup(self, stage: str) -> None:
+        """Take the model's processor."""
+        if self.processor is None:
+            module: Any = self._trainer.lightning_module
+            self.attach(module.model.processor())
+
+    @property
+    def state(self) -> StreamState:
+        """Where the training stream stands: after the last committed step."""
+        if self._state is None:
+            spec = make_spec(
+                self.sources,
+                self._ready_processor,
+                seed=self.seed,
+                lanes=self.lanes,
+                block=self.block,
+                window=self.window,
+                pack_tokens=self.pack_tokens,
+                pack_media=self.pack_media,
+                epochs=self.epochs,
+            )
+            self._state = StreamState.start(spec)
+        return self._state
+
+    def restore(self, saved: StreamState) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: naming every difference, where it was saved by another stream.
+        """
+        spec = self.state.spec
+        if differences := spec.differences(saved.spec):
+            raise ValueError(
+                "the data of this recipe are not those of the checkpoint, so the run cannot go on "
+                "exactly:\n  " + "\n  ".join(differences) + "\nRestore the old values, or start a "
+                "new run from the checkpoint's weights with model.init_from."
+            )
+        state = self.state
+        state.step, state.packs = saved.step, saved.packs
+        state.counts, state.lanes = saved.counts, saved.lanes
+
+    def division(self, rank: int = 0, world: int = 1) -> Division:
+        """How a step is divided over ranks and micro-batches."""
+        return Division(self.packs_per_step, self.packs_per_micro_batch, rank, world)
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Lightning's ``accumulate_grad_batches``."""
+        return self.division(0, world_size).micro_batches
+
+    def train_dataloader(self) -> TrainLoader:
+        """Micro-batches from the committed state on."""
+        rank, world = 0, 1
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            self._check_trainer(world)
+        return TrainLoader(
+            self.state,
+            self.sources,
+            self._ready_processor,
+            self.division(rank, world),
+            self.workers,
+            self.pad_rows,
+        )
+
+    def val_dataloader(self) -> FixedLoader | list[Any]:
+        """The same batches in every pass; none without ``val_sources``."""
+        if not self.val_sources:
+            return []
+        if self._val is None:
+            rank, world = 0, 1
+            if self.trainer is not None:
+                rank, world = self.trainer.global_rank, self.trainer.world_size
+            batches = ValidationBatches(
+                self.val_sources,
+                self._ready_processor,
+                self.val_limit,
+                Budget(self.pack_tokens, self.pack_media),
+                rank,
+                world,
+                self.pad_rows,
+            )
+            self._val = FixedLoader(batches, self.workers)
+        return self._val
+
+    def test_dataloader(self) -> FixedLoader | list[Any]:
+        """Those of validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> FixedLoader | list[Any]:
+        """Those of validation."""
+        return self.val_dataloader()
+
+    @property
+    def _ready_processor(self) -> Processor:
+        if self.processor is None:
+            raise ValueError(
+                "the data have no processor yet: give them to a Trainer with the model, or call "
+                "data.attach(model.processor())."
+            )
+        return self.processor
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise ValueError("no trainer is attached; call data.attach(processor) instead.")
+        return self.trainer
+
+    def _check_trainer(self, world: int) -> None:
+        if not self.managed:
+            raise ValueError(
+                "no callback commits the steps of the data stream, so the run could not be "
+                "resumed; add StreamStateCallback to trainer.callbacks."
+            )
+        expected = self.micro_batches_per_step(world)
+        if (got := self._trainer.accumulate_grad_batches) != expected:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {got}, expected {expected}: a step of "
+                f"{self.packs_per_step} packs on {world} ranks, {self.packs_per_micro_batch} packs "
+                "in a micro-batch. Leave it to the command line, or set it to that."
+            )

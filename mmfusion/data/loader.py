@@ -1,0 +1,160 @@
+"""Loaders: the stream cut into micro-batches for training, and the fixed batches of validation.
+
+Both are plain iterables around a torch DataLoader whose workers each make whole steps (whole
+batches in validation), so that the result is the same for any number of workers, and Lightning has
+no DataLoader of ours to wrap in a sampler of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from mmfusion.data.collate import collate
+from mmfusion.data.source import Source
+from mmfusion.data.state import StreamState
+from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
+from mmfusion.processing.processor import Processor
+from mmfusion.types import Batch, EncodedSample
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a step is divided: G packs over ``world`` ranks, cut into micro-batches."""
+
+    packs_per_step: int
+    packs_per_micro_batch: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a step; equal on all ranks."""
+        packs = -(-self.packs_per_step // self.world)
+        return -(-packs // self.packs_per_micro_batch)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How batches are made.
+
+    Attributes:
+        count: loader processes; 0 makes them in the main process.
+        start_method: fork, spawn or forkserver; None takes the platform's.
+    """
+
+    count: int = 0
+    start_method: str | None = None
+
+
+def make_micro_batches(
+    step: LocalStep, division: Division, processor: Processor, pad_rows: bool
+) -> list[Batch]:
+    """Collate a rank's packs of a step; the last micro-batch carries what to commit."""
+    size = division.packs_per_micro_batch
+    groups: list[list[EncodedSample]] = []
+    for i in range(division.micro_batches):
+        groups.append([x for pack in step.packs[i * size : (i + 1) * size] for x in pack])
+    batches = [collate(samples, processor, pad_rows) for samples in groups]
+    targets = torch.stack([batch.step_targets for batch in batches]).sum()
+    batches = [replace(batch, step_targets=targets.clone()) for batch in batches]
+    batches[-1].stream = step.record
+    return batches
+
+
+class _Steps(IterableDataset):
+    """Steps from a state on, as lists of micro-batches; worker w of W makes every W-th."""
+
+    def __init__(
+        self,
+        state: StreamState,
+        sources: Mapping[str, Source],
+        processor: Processor,
+        division: Division,
+        pad_rows: bool,
+    ) -> None:
+        self._state, self._sources, self._processor = state, dict(sources), processor
+        self._division, self._pad_rows = division, pad_rows
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        stream = Stream(self._state, self._sources, self._processor)
+        d = self._division
+        for ahead in itertools.count(worker, workers):
+            first = self._state.packs + ahead * d.packs_per_step
+            step = self._state.step + ahead
+            local = stream.local_step(step, first, d.packs_per_step, d.rank, d.world)
+            yield make_micro_batches(local, d, self._processor, self._pad_rows)
+
+
+class TrainLoader:
+    """Micro-batches of one rank, from the committed state on.
+
+    Every ``iter`` starts at the state as it is then, so that what was prefetched but not trained on
+    comes again. On one rank a finite stream ends by itself; on several, ranks do not know of one
+    another's lanes, so they go on with empty batches until the state callback stops them together.
+
+    Args:
+        state: shared with whoever commits steps.
+        sources, processor: of the stream.
+        division, workers: see there.
+        pad_rows: one padded row a sample.
+    """
+
+    def __init__(
+        self,
+        state: StreamState,
+        sources: Mapping[str, Source],
+        processor: Processor,
+        division: Division,
+        workers: Workers,
+        pad_rows: bool = False,
+    ) -> None:
+        self._state, self._sources, self._processor = state, sources, processor
+        self._division, self._workers, self._pad_rows = division, workers, pad_rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        state = copy.deepcopy(self._state)
+        order = make_order(state.spec)
+        lengths = [order.length(lane) for lane in range(state.spec.lanes)]
+        if all(exhausted(lengths, state)):
+            return
+        dataset = _Steps(
+            copy.deepcopy(state), self._sources, self._processor, self._division, self._pad_rows
+        )
+        for batches in _data_loader(dataset, self._workers, persistent=False):
+            yield from batches
+            state.commit(batches[-1].stream)
+            if self._division.world == 1 and all(exhausted(lengths, state)):
+                return
+
+
+class FixedLoader:
+    """A fixed list of batches, made anew in every pass."""
+
+    def __init__(self, batches: Dataset[Batch], workers: Workers) -> None:
+        self._loader = _data_loader(batches, workers, persistent=True)
+        self._length = len(batches)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+def _data_loader(dataset: Dataset, workers: Workers, persistent: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers.count,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=persistent and workers.count > 0,
+        multiprocessing_context=workers.start_method if workers.count else None,
+    )

@@ -1,0 +1,85 @@
+"""`mmfusion data at-step RECIPE STEP`: which samples an optimizer step trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfusion.data.datamodule import MultimodalData
+from mmfusion.data.state import StreamState
+from mmfusion.data.stream import Stream
+
+STATE_KEY = "mmfusion.stream"
+
+
+def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool = False) -> None:
+    """Print the samples of an optimizer step, without training and without decoding media.
+
+    Samples whose media turn out broken only when they are decoded are listed too. The step's lanes
+    are planned from the start of the run, or from a checkpoint to be quicker (and right, where
+    packs_per_step was changed on the way).
+
+    Args:
+        recipe: the run's recipe, or its saved config.yaml.
+        step: the optimizer step, counted from 0.
+        checkpoint: a checkpoint of the run at or before this step.
+        as_json: one JSON object a line.
+    """
+    from mmfusion.cli import from_recipe
+
+    module, data = from_recipe(recipe)
+    data.attach(module.model.processor())
+    if checkpoint is not None:
+        data.restore(load_stream_state(checkpoint))
+    for row in samples_at(data, step):
+        print(json.dumps(row) if as_json else _line(row))
+
+
+def samples_at(data: MultimodalData, step: int) -> Iterator[dict[str, Any]]:
+    """One row for every sample of a step, pack by pack.
+
+    Args:
+        data: with a processor; its state is where planning starts.
+        step: counted from 0.
+    """
+    state, count = data.state, data.packs_per_step
+    if step < state.step:
+        raise ValueError(
+            f"step {step} lies before the given checkpoint's step {state.step}; "
+            "use an earlier checkpoint, or none."
+        )
+    assert data.processor is not None
+    stream = Stream(state, data.sources, data.processor)
+    first = state.packs + (step - state.step) * count
+    for q in range(first, first + count):
+        for item in stream.pack(q).items:
+            shards = data.sources[item.ref.source].shards
+            _, shard, key = shards.read(item.ref.index)
+            yield {
+                "step": step, "pack": q, "lane": q % state.spec.lanes, "source": item.ref.source,
+                "epoch": item.ref.epoch, "index": item.ref.index, "shard": shard, "key": key,
+                "tokens": len(item.planned),
+            }  # fmt: skip
+
+
+def load_stream_state(checkpoint: str | Path) -> StreamState:
+    """The data stream's state in a checkpoint file."""
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    saved = loaded.get("callbacks", {}).get(STATE_KEY)
+    if saved is None:
+        raise ValueError(
+            f"{checkpoint} holds no state of the data stream (callbacks: "
+            f"{sorted(loaded.get('callbacks', {}))}); expected a checkpoint that training saved."
+        )
+    return StreamState.from_json(saved)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"pack {row['pack']}  lane {row['lane']}  {row['source']}  epoch {row['epoch']}  "
+        f"{row['shard']}  {row['key']}  {row['tokens']} tokens"
+    )

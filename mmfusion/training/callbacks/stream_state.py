@@ -1,0 +1,259 @@
+"""Keeps the data stream's state with the training's: commits it when an optimizer step completes,
+saves it in the checkpoint, restores it before loading starts, and ends the run with the data.
+
+Lightning's own loader state is not used: it is one batch ahead of training, it is rank 0's alone,
+and it is dropped where the number of steps was estimated first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from mmfusion.data.datamodule import MultimodalData
+from mmfusion.data.state import BadSample, LaneState, SourceCounts, StepRecord, StreamState
+from mmfusion.data.stream import exhausted, make_order
+from mmfusion.types import Batch
+
+logger = logging.getLogger(__name__)
+
+_MIN_SAMPLES = 100
+"""Samples to see before the share of bad ones can stop a run."""
+
+
+class BadDataError(ValueError):
+    """More samples than ``data.max_bad_fraction`` are unusable."""
+
+
+class StreamStateCallback(L.Callback):
+    """Commits, saves and restores the state of :class:`mmfusion.data.datamodule.MultimodalData`.
+
+    Args:
+        quarantine: file that lists every sample left out, one JSON object a line; relative to the
+            run directory. Rank 0 writes it for all ranks when a checkpoint is saved and when
+            training ends.
+    """
+
+    def __init__(self, quarantine: str = "quarantine.jsonl") -> None:
+        self._quarantine = quarantine
+        self._path = Path(quarantine)
+        self._data: MultimodalData | None = None
+        self._pending = _Pending()
+        self._lengths: list[int | None] = []
+        self._started = False
+        self._last_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state."""
+        return "mmfusion.stream"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the data."""
+        data = getattr(trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(data, MultimodalData):
+            return
+        self._data, data.managed, self._started = data, True, False
+        self._path = Path(trainer.default_root_dir) / self._quarantine
+        order = make_order(data.state.spec)
+        self._lengths = [order.length(lane) for lane in range(data.state.spec.lanes)]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint without our state; read it from any other."""
+        if self._data is None:
+            return
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is None:
+            raise ValueError(
+                "the checkpoint holds no state of the data stream, so the run cannot go on where "
+                "it was; use model.init_from to start a new run from its weights."
+            )
+        if self._started:
+            raise RuntimeError("the data stream was restored after loading had started")
+        self._data.restore(StreamState.from_json(saved))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that model and data stand at the same step, and align Lightning's count of
+        micro-batches, which accumulation counts from and which another number of ranks changes.
+        """
+        state = self._stream
+        if trainer.global_step != state.step:
+            raise RuntimeError(
+                f"training stands at step {trainer.global_step}, the data stream at {state.step}; "
+                "expected both from the same checkpoint."
+            )
+        loop = trainer.fit_loop.epoch_loop
+        done = state.step * trainer.accumulate_grad_batches
+        progress: Any = loop.batch_progress.current
+        progress.ready = progress.started = progress.processed = done
+        # Lightning itself completes the micro-batch in whose end hook the checkpoint was saved.
+        progress.completed = done - loop.restarted_on_train_batch_end
+        self._started, self._last_step = True, state.step
+        if trainer.is_global_zero:
+            self._drop_listed(state.step)
+        self._stop_at_end(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Commit the step that this micro-batch completed."""
+        record: StepRecord | None = batch.stream
+        stepped = trainer.global_step > self._last_step
+        if stepped != (record is not None):
+            raise RuntimeError(
+                f"micro-batch {batch_idx} {'completed' if stepped else 'did not complete'} an "
+                f"optimizer step, but is {'not ' if record is None else ''}the last of its step; "
+                "trainer.accumulate_grad_batches does not match the data."
+            )
+        if record is None:
+            return
+        self._last_step = trainer.global_step
+        self._stream.commit(record)
+        self._pending.add(record)
+        self._check_bad()
+        self._stop_at_end(trainer)
+        every: int = getattr(trainer, "log_every_n_steps")  # noqa: B009 (set by a connector)
+        if every and trainer.global_step % every == 0:
+            self._log(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks' lanes. Called on every rank when a checkpoint is saved."""
+        if self._data is None:
+            return {}
+        self._gather()
+        return self._stream.to_json()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the list of bad samples up to date."""
+        if self._data is not None:
+            self._gather()
+
+    @property
+    def _stream(self) -> StreamState:
+        if self._data is None:
+            raise ValueError(
+                "StreamStateCallback needs trainer.fit(..., datamodule=MultimodalData)"
+            )
+        return self._data.state
+
+    def _gather(self) -> None:
+        """Bring what ranks committed since the last time into every rank's state; rank 0 lists the
+        bad samples.
+        """
+        mine, everyone = self._pending, [self._pending]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, mine)
+            everyone = gathered
+            for other in (x for rank, x in enumerate(everyone) if rank != dist.get_rank()):
+                other.add_to(self._stream)
+        self._pending = _Pending()
+        self._check_bad()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self._list([entry for pending in everyone for entry in pending.bad])
+
+    def _list(self, entries: list[tuple[int, BadSample]]) -> None:
+        """Append to the quarantine file."""
+        if not entries:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            for step, sample in sorted(entries, key=lambda entry: entry[0]):
+                file.write(json.dumps({"step": step, **asdict(sample)}) + "\n")
+
+    def _drop_listed(self, step: int) -> None:
+        """Forget entries of steps that will be taken again, and a line that was cut short."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] < step:
+                kept.append(line)
+        aside = self._path.with_name(self._path.name + ".tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, self._path)
+
+    def _check_bad(self) -> None:
+        """Stop where too many samples are bad (of all ranks at the last checkpoint, and of this
+        rank since).
+        """
+        assert self._data is not None
+        counts = self._stream.counts
+        bad = sum(sum(c.bad.values()) for c in counts.values())
+        total = bad + sum(c.seen for c in counts.values())
+        if total < _MIN_SAMPLES or bad <= self._data.max_bad_fraction * total:
+            return
+        reasons = {name: c.bad for name, c in counts.items() if c.bad}
+        recent = "\n".join(str(sample) for _, sample in self._pending.bad[-20:])
+        raise BadDataError(
+            f"{bad} of {total} samples are unusable ({reasons}), at most "
+            f"{self._data.max_bad_fraction:.3g} of them may be (data.max_bad_fraction). Earlier "
+            f"ones are listed in {self._path}, the last ones are:\n{recent}"
+        )
+
+    def _stop_at_end(self, trainer: L.Trainer) -> None:
+        """End the run on all ranks at the step after which no lane has anything left."""
+        if None in self._lengths:
+            return
+        over = torch.tensor(exhausted(self._lengths, self._stream), dtype=torch.int32)
+        over = over.to(trainer.strategy.root_device)
+        if (trainer.strategy.reduce(over, reduce_op="sum") > 0).all():
+            logger.info("the data are used up after step %d", self._stream.step)
+            trainer.should_stop = True
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Counts of all ranks."""
+        state, pending = self._stream, self._pending
+        names = list(state.counts)
+        mine = torch.tensor([_row(pending.counts.get(name, SourceCounts())) for name in names])
+        total = trainer.strategy.reduce(mine.to(trainer.strategy.root_device), reduce_op="sum")
+        for name, others in zip(names, (total.cpu() - mine).tolist(), strict=True):
+            for what, here, there in zip(_COLUMNS, _row(state.counts[name]), others, strict=True):
+                pl_module.log(f"data/{name}/{what}", float(here + there), rank_zero_only=False)
+
+
+_COLUMNS = ("samples", "tokens", "bad")
+
+
+def _row(counts: SourceCounts) -> list[int]:
+    return [counts.seen, counts.tokens, sum(counts.bad.values())]
+
+
+@dataclass
+class _Pending:
+    """What this rank committed since the ranks last exchanged their states."""
+
+    lanes: dict[int, LaneState] = field(default_factory=dict)
+    counts: dict[str, SourceCounts] = field(default_factory=dict)
+    bad: list[tuple[int, BadSample]] = field(default_factory=list)
+
+    def add(self, record: StepRecord) -> None:
+        self.lanes.update(record.lanes)
+        for source, counts in record.counts.items():
+            self.counts.setdefault(source, SourceCounts()).add(counts)
+        self.bad += [(record.step, sample) for sample in record.bad]
+
+    def add_to(self, state: StreamState) -> None:
+        """Add another rank's part to a state. Of a lane that several ranks took packs from, the
+        furthest state is the true one.
+        """
+        for lane, other in self.lanes.items():
+            if other.packs > state.lanes[lane].packs:
+                state.lanes[lane] = other
+        for source, counts in self.counts.items():
+            state.counts[source].add(counts)
