@@ -1,0 +1,364 @@
+"""A trained run, ready to use: ``mmfusion.load(run_dir)`` gives a :class:`Chat` that answers
+conversations with media and scores given answers.
+
+The model is rebuilt from the run's ``config.yaml`` and its checkpoint; prompts go through the same
+:class:`mmfusion.processing.processor.Processor` as training data.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from mmfusion.cli import from_recipe
+from mmfusion.data.collate import collate
+from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generation import generate
+from mmfusion.objectives.next_token import NextToken
+from mmfusion.paths import expand
+from mmfusion.training.checkpoint import load_kept, read_checkpoint
+from mmfusion.training.module import MultimodalModule
+from mmfusion.training.resume import by_step, complete_checkpoint
+from mmfusion.training.run import RunDirectory
+from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
+
+Content = str | Sequence[str | Text | Media | Mapping[str, Any]]
+Conversation = str | Sequence[Message | Mapping[str, Any]]
+
+
+def load(
+    run_dir: str | Path,
+    step: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Chat:
+    """Rebuild a run's model.
+
+    Args:
+        run_dir: a run directory.
+        step: the checkpoint of this step; None takes the newest complete one.
+        device: where to run; None takes a GPU where there is one.
+        dtype: of all weights; None keeps the recipe's.
+
+    Raises:
+        FileNotFoundError: where there is no such run or checkpoint.
+    """
+    model = load_module(run_dir, step).model
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Chat(model.to(device=device, dtype=dtype) if dtype else model.to(device))
+
+
+def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
+    """The module of a run as its checkpoint left it, built from ``config.yaml``.
+
+    Raises:
+        FileNotFoundError: where there is no such run or checkpoint.
+    """
+    run = RunDirectory(Path(expand(run_dir)))
+    if not run.config.is_file():
+        raise FileNotFoundError(
+            f"{run.path} is no run directory: it has no config.yaml. Give the directory that "
+            "`mmfusion fit` wrote (run_dir in the recipe)."
+        )
+    checkpoint = _checkpoint(run, step)
+    with isolate_rng():
+        module, _ = from_recipe(str(run.config))
+        module.init_from = None  # what came from there is in the checkpoint
+        module.configure_model()
+    load_kept(module, read_checkpoint(checkpoint)["state_dict"], str(checkpoint))
+    return module
+
+
+def _checkpoint(run: RunDirectory, step: int | None) -> Path:
+    if step is None:
+        return complete_checkpoint(run.path, "loading")
+    path = run.checkpoints / f"step-{step:08d}.ckpt"
+    if not path.is_file():
+        there = [int(found.stem.removeprefix("step-")) for found in by_step(run.checkpoints)]
+        raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
+    return complete_checkpoint(path, "loading")
+
+
+class Chat:
+    """A model and its processor, for use.
+
+    Args:
+        model: built and loaded; put into eval mode.
+    """
+
+    def __init__(self, model: AnyToAnyModel) -> None:
+        self.model = model.eval()
+        self.processor = model.processor()
+
+    @property
+    def modalities(self) -> list[str]:
+        """Kinds of media the model takes."""
+        return list(self.processor.media)
+
+    @overload
+    def generate(
+        self, messages: Conversation, *, stream: Literal[True], **options: Any
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, messages: Conversation, *, stream: Literal[False] = False, **options: Any
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        messages: Sequence[Conversation],
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        *,
+        stream: bool = False,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        seed: int | None = None,
+        **options: Any,
+    ) -> str | list[str] | Iterator[str]:
+        """Answer one conversation or a batch of them.
+
+        Args:
+            messages: a text; or messages (:class:`mmfusion.types.Message`, or dicts of ``role`` and
+                ``content``, which is a text or a list of texts, media and dicts such as
+                ``{"type": "image", "path": ...}`` or ``{"type": "text", "text": ...}``); or a list
+                of conversations, answered together.
+            stream: give pieces of text as they come (one conversation only).
+            max_new_tokens: longest answer.
+            do_sample: draw tokens instead of taking the likeliest.
+            seed: of the draws; None uses torch's global generator.
+            options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
+                ``top_k``, ``repetition_penalty``, ``num_beams``, ...
+
+        Returns:
+            The answer, a list of them for a batch, or an iterator over pieces of it.
+
+        Raises:
+            FileNotFoundError: a media path that is not there.
+            ValueError: media the model has no encoder for, messages of another shape.
+            mmfusion.types.DataError: media that do not decode.
+        """
+        batch = _is_batch(messages)
+        if batch and stream:
+            raise ValueError("stream=True answers one conversation; got a batch of them.")
+        conversations = cast("Sequence[Conversation]", messages if batch else [messages])
+        prompts = self._batch([self.processor.prompt(conversation(c)) for c in conversations])
+        options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
+        if stream:
+            return self._stream(prompts, seed, options)
+        with _seeded(seed):
+            ids = generate(self.model, prompts, **options)
+        answers = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [answer.strip() for answer in answers] if batch else answers[0].strip()
+
+    def _stream(self, prompts: Batch, seed: int | None, options: dict[str, Any]) -> Iterator[str]:
+        """Pieces of the answer; leaving the iterator early stops the model."""
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
+        stop = _Stop()
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with _seeded(seed):
+                    generate(
+                        self.model,
+                        prompts,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([stop]),
+                        **options,
+                    )
+            except BaseException as error:  # handed to the consumer below
+                errors.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.now = True
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    @torch.no_grad()
+    def score(
+        self, samples: Sequence[Sample], tokens_per_batch: int = 4096
+    ) -> tuple[Tensor, Tensor]:
+        """How likely the given answers are: the loss of each sample's trained tokens.
+
+        Samples are packed into rows of up to ``tokens_per_batch`` tokens, shortest first.
+
+        Returns:
+            (S,) float64 sums of the loss in nats and (S,) int64 numbers of trained tokens, in the
+            order of ``samples``.
+        """
+        objective = NextToken()
+        planned = [self.processor.plan(sample) for sample in samples]
+        sums = torch.zeros(len(samples), dtype=torch.float64)
+        counts = torch.zeros(len(samples), dtype=torch.int64)
+        for group in _groups([len(plan) for plan in planned], tokens_per_batch):
+            batch = self._batch(
+                [self.processor.finish(samples[index], planned[index]) for index in group]
+            )
+            loss = objective(self.model, self.model(batch), batch)
+            sums[group] = loss.per_sample.double().cpu()
+            counts[group] = loss.per_sample_count.cpu()
+        return sums, counts
+
+    def _batch(self, encoded: Sequence[EncodedSample]) -> Batch:
+        """One packed row on the model's device, media in the encoders' dtype."""
+        device = next(self.model.parameters()).device
+        named = [replace(one, ref=SampleRef("", 0, index)) for index, one in enumerate(encoded)]
+        batch = collate(named, self.processor).to(device)
+        for modality, media in batch.media.items():
+            floats = (p for p in self.model.encoders[modality].parameters())
+            dtype = next((p.dtype for p in floats if p.is_floating_point()), torch.float32)
+            media.tensors = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in media.tensors.items()
+            }
+        return cast(Batch, batch)
+
+
+def conversation(messages: Conversation) -> list[Message]:
+    """Messages from what users write: a text, messages, or OpenAI-style dicts."""
+    if isinstance(messages, str):
+        return [Message("user", (Text(messages),))]
+    return [_message(message) for message in messages]
+
+
+def read_media(path: str | Path, modality: str) -> Media:
+    """A media file from disk.
+
+    Raises:
+        FileNotFoundError: where it is not there.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no {modality} file {path}; give the path of a file.")
+    return Media(modality, path.read_bytes(), path.suffix.lstrip(".").lower())
+
+
+def _message(message: Message | Mapping[str, Any]) -> Message:
+    if isinstance(message, Message):
+        return message
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(
+            f"a message is {_short(message)}; expected mmfusion.types.Message or a dict with role "
+            "and content."
+        )
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"a message has the role {role!r}; expected system, user or assistant.")
+    parts = [content] if isinstance(content, str) else content
+    return Message(cast(Role, role), tuple(_part(part) for part in parts))
+
+
+def _part(part: Any) -> Text | Media:
+    if isinstance(part, (Text, Media)):
+        return part
+    if isinstance(part, str):
+        return Text(part)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and "text" in part:
+        return Text(part["text"])
+    if kind == "image_url":
+        return _from_url("image", part["image_url"]["url"])
+    if kind == "input_audio":
+        audio = part["input_audio"]
+        return Media("audio", _base64(audio["data"]), audio["format"])
+    if kind and "path" in part:
+        return read_media(part["path"], kind)
+    if kind and isinstance(part.get("data"), bytes):
+        return Media(kind, part["data"], part.get("format", ""))
+    raise ValueError(
+        f"a piece of a message is {_short(part)}; expected a text, or a dict such as "
+        '{"type": "text", "text": ...}, {"type": "image", "path": ...} or '
+        '{"type": "audio", "data": bytes, "format": "wav"}.'
+    )
+
+
+def _from_url(modality: str, url: str) -> Media:
+    """A ``data:`` URL. Nothing is fetched from the network."""
+    head, comma, data = url.partition(",")
+    if not (head.startswith(f"data:{modality}/") and head.endswith(";base64") and comma):
+        raise ValueError(
+            f"{modality}_url is {_short(url)}; expected data:{modality}/...;base64,... "
+            '(nothing is fetched). For a file use {"type": "image", "path": ...}.'
+        )
+    return Media(modality, _base64(data), head.removesuffix(";base64").rpartition("/")[2])
+
+
+def _base64(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"media data is not base64 ({error}).") from error
+
+
+def _is_batch(messages: Any) -> bool:
+    """A batch is a list of conversations: of texts or of lists."""
+    return (
+        not isinstance(messages, str)
+        and len(messages) > 0
+        and isinstance(messages[0], (str, list, tuple))
+    )
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices by length, cut into groups whose lengths add up to at most ``budget``."""
+    group: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and total + lengths[index] > budget:
+            yield group
+            group, total = [], 0
+        group.append(index)
+        total += lengths[index]
+    if group:
+        yield group
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draws from ``seed`` inside, torch's generators as they were after."""
+    with torch.random.fork_rng() if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+class _Stop(StoppingCriteria):
+    """Stops generation when the consumer has left."""
+
+    now = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)

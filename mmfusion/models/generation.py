@@ -1,0 +1,97 @@
+"""Continue prompts: a batch of encoded prompts to new token ids, with Hugging Face's ``generate``.
+
+The prompts come as one packed batch; their embeddings, media in place, are laid out again as rows
+padded on the left, which is exact: padding is masked, and positions start at each prompt's first
+token. Sampling options, the key-value cache and stopping are Hugging Face's.
+
+Legend: B prompts, T tokens of the longest, D hidden, S all tokens of the packed row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.processing.processor import Processor
+from mmfusion.types import Batch, Message, Sample, Text
+
+
+@torch.no_grad()
+def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
+    """Continue every prompt of a packed batch.
+
+    Args:
+        model: built; in eval mode.
+        prompts: one row of B prompts, ``cu_seqlens`` set.
+        options: of ``transformers.GenerationMixin.generate`` (``max_new_tokens``, ``do_sample``,
+            ``temperature``, ``streamer``, ...).
+
+    Returns:
+        (B, N) new ids; a row that stopped early is filled with the pad token.
+    """
+    backbone: Any = getattr(model.llm, "model", None)
+    if not hasattr(backbone, "generate"):
+        raise TypeError(
+            f"{type(model.llm).__name__} cannot generate: expected a transformers model with "
+            "`generate` in its `model` attribute."
+        )
+    embeds, mask = pad_left(model.embed(prompts)[0], prompts.cu_seqlens)
+    end = end_token_ids(model)
+    return backbone.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        eos_token_id=end,
+        pad_token_id=_pad_token_id(model.processor().tokenizer, end),
+        **options,
+    )
+
+
+def pad_left(embeds_1SD: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lay a packed row out as (B, T, D) rows with zeros on the left.
+
+    Returns:
+        The rows and their (B, T) int64 mask, 1 on prompt tokens.
+    """
+    if cu_seqlens is None or len(embeds_1SD) != 1:
+        raise ValueError(
+            f"prompts come as rows of shape {tuple(embeds_1SD.shape[:2])}, "
+            f"cu_seqlens {cu_seqlens is not None}; expected one packed row with cu_seqlens."
+        )
+    lengths = cu_seqlens.diff().tolist()
+    longest = max(lengths)
+    rows = embeds_1SD.new_zeros(len(lengths), longest, embeds_1SD.shape[-1])
+    mask = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds_1SD.device)
+    for row, marks, prompt in zip(rows, mask, embeds_1SD[0].split(lengths), strict=True):
+        row[longest - len(prompt) :] = prompt
+        marks[longest - len(prompt) :] = 1
+    return rows, mask
+
+
+def end_token_ids(model: AnyToAnyModel) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and the generation configuration's, and the one
+    that closes an assistant turn in training.
+    """
+    processor = model.processor()
+    found = {processor.tokenizer.eos_token_id, _end_of_turn(processor)}
+    config = getattr(getattr(model.llm, "model", None), "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    found.update(more if isinstance(more, list) else [more])
+    return sorted(token for token in found if token is not None)
+
+
+def _end_of_turn(processor: Processor) -> int | None:
+    if not processor.tokenizer.chat_template:
+        return None
+    turns = (Message("user", (Text("a"),)), Message("assistant", (Text("b"),)))
+    planned = processor.plan(Sample(turns))
+    last = int(planned.input_ids[planned.trained][-1])
+    return last if last in processor.tokenizer.all_special_ids else None
+
+
+def _pad_token_id(tokenizer: Any, end: list[int]) -> int:
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return end[0] if end else 0
