@@ -77,7 +77,9 @@ def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModul
         module, _ = from_recipe(str(run.config))
         module.init_from = None  # what came from there is in the checkpoint
         module.configure_model()
-    load_kept(module, read_checkpoint(checkpoint)["state_dict"], str(checkpoint))
+    state = read_checkpoint(checkpoint)["state_dict"]
+    module.check_names(set(state))
+    load_kept(module, state, str(checkpoint))
     return module
 
 

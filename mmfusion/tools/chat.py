@@ -1,0 +1,132 @@
+"""``mmfusion chat RUN``: talk to a trained run in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmfusion.inference import Chat, load, read_media
+from mmfusion.types import Media, Message, Text
+
+QUIT = ("/quit", "/exit")
+
+
+def chat(
+    run_dir: str,
+    step: int | None = None,
+    device: str | None = None,
+    max_new_tokens: int = 256,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    system: str | None = None,
+) -> None:
+    """Talk to a run. Type a message; /image PATH, /audio PATH and /video PATH add media to it.
+
+    Args:
+        run_dir: run directory that `mmfusion fit` or `mmfusion quickstart` wrote.
+        step: checkpoint of this step; the newest by default.
+        device: cpu, cuda, ...; a GPU by default where there is one.
+        max_new_tokens: longest answer.
+        do_sample: draw tokens instead of taking the likeliest.
+        temperature: of the draws; lower is closer to the likeliest.
+        top_p: draw among the likeliest tokens that hold this much probability.
+        top_k: draw among this many likeliest tokens.
+        repetition_penalty: above 1 makes tokens that were used less likely.
+        seed: of the draws.
+        system: system message the conversation starts with.
+    """
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    session = Session(load(run_dir, step, device), options, system)
+    print(f"{run_dir} is ready. {session.help()}", flush=True)
+    for line in lines():
+        if line in QUIT:
+            return
+        session.handle(line)
+
+
+def lines() -> Iterator[str]:
+    """What the user types, or a pipe brings, line by line; Ctrl-C clears a line, Ctrl-D ends."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D ends)", flush=True)
+
+
+class Session:
+    """One conversation.
+
+    Args:
+        chat: the loaded run.
+        options: of :meth:`mmfusion.inference.Chat.generate`.
+        system: system message, or None.
+    """
+
+    def __init__(self, chat: Chat, options: dict[str, Any], system: str | None = None) -> None:
+        self._chat, self._options = chat, options
+        self._start = [Message("system", (Text(system),))] if system else []
+        self.history = list(self._start)
+        self.pending: list[Media] = []
+
+    def help(self) -> str:
+        """The commands."""
+        media = ", ".join(f"/{modality} PATH" for modality in self._chat.modalities)
+        return f"Commands: {media}, /reset, /help, /quit. Anything else is a message."
+
+    def handle(self, line: str) -> None:
+        """Do what a line says. An error is printed, and the session goes on."""
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/help":
+                print(self.help(), flush=True)
+            elif command == "/reset":
+                self.history, self.pending = list(self._start), []
+                print("(a new conversation)", flush=True)
+            elif command.startswith("/"):
+                self._attach(command[1:], rest.strip())
+            elif line:
+                self._answer(line)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"error: {error}", flush=True)
+
+    def _attach(self, modality: str, path: str) -> None:
+        if modality not in self._chat.modalities:
+            raise ValueError(f"there is no command /{modality}. {self.help()}")
+        if not path:
+            raise ValueError(f"/{modality} needs the path of a file.")
+        media = read_media(path, modality)
+        self._chat.processor.media[modality].num_features(media)  # is it such a file at all
+        self.pending.append(media)
+        print(f"({modality} {Path(path).name} goes with your next message)", flush=True)
+
+    def _answer(self, text: str) -> None:
+        turn = Message("user", (*self.pending, Text(text)))
+        self.pending = []
+        answer = ""
+        stream = self._chat.generate([*self.history, turn], stream=True, **self._options)
+        try:
+            for piece in stream:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()  # type: ignore[attr-defined]  # a generator
+            print(" (stopped)", end="")
+        print(flush=True)
+        self.history += [turn, Message("assistant", (Text(answer.strip()),))]

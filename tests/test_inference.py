@@ -1,0 +1,180 @@
+"""A run trained by the real command, loaded and used: generation against a slow full recompute."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmfusion
+from mmfusion.inference import Chat, conversation
+from mmfusion.objectives.next_token import NextToken
+from mmfusion.types import Media, Message, Sample, Text
+from tests.training.tiny import fit, write_recipe
+
+IMAGE = b"\5\6\7"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = write_recipe(tmp_path_factory.mktemp("inference"), trainer__max_steps=8)
+    return fit(recipe).path
+
+
+@pytest.fixture(scope="module")
+def chat(run_dir: Path) -> Chat:
+    return mmfusion.load(run_dir, device="cpu")
+
+
+def ask(image: bytes, text: str) -> list[Message]:
+    return [Message("user", (Media("image", image, "bin"), Text(text)))]
+
+
+PROMPTS = [ask(IMAGE, "w1 w2"), ask(b"\1", "w3"), [Message("user", (Text("w9 w8 w7 w6"),))]]
+
+
+def greedy(chat: Chat, messages: list[Message], steps: int) -> str:
+    """Without a cache: the whole sequence again for every token."""
+    batch = chat._batch([chat.processor.prompt(messages)])
+    embeds = chat.model.embed(batch)[0]
+    ids: list[int] = []
+    for _ in range(steps):
+        positions = torch.arange(embeds.shape[1])[None]
+        hidden = chat.model.llm(embeds, positions, torch.tensor([0, embeds.shape[1]]))
+        ids.append(int(chat.model.llm.logits(hidden[0, -1]).argmax()))
+        if ids[-1] == chat.processor.tokenizer.eos_token_id:
+            break
+        embeds = torch.cat([embeds, chat.model.llm.embed(torch.tensor([[ids[-1]]]))], 1)
+    return chat.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_generation_with_cache_equals_full_recompute(chat: Chat) -> None:
+    answers = [chat.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    assert answers == [greedy(chat, prompt, 12) for prompt in PROMPTS]
+    assert len(set(answers)) > 1
+
+
+def test_a_batch_answers_as_its_conversations_alone(chat: Chat) -> None:
+    alone = [chat.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    assert chat.generate(PROMPTS, max_new_tokens=12) == alone
+
+
+def test_streamed_pieces_join_to_the_whole(chat: Chat) -> None:
+    pieces = list(chat.generate(PROMPTS[0], max_new_tokens=12, stream=True))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == chat.generate(PROMPTS[0], max_new_tokens=12)
+
+
+def test_leaving_a_stream_early_stops_the_model(chat: Chat) -> None:
+    stream = chat.generate(PROMPTS[0], max_new_tokens=10_000, min_new_tokens=10_000, stream=True)
+    assert next(stream)
+    stream.close()  # joins the model's thread; 10,000 tokens would take a minute
+
+
+def test_an_error_in_a_stream_reaches_the_caller(chat: Chat) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        list(chat.generate(PROMPTS[0], do_sample=True, temperature=-1.0, stream=True))
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_generator(chat: Chat) -> None:
+    before = torch.get_rng_state()
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
+    first = chat.generate(PROMPTS[0], seed=1, **options)
+    assert chat.generate(PROMPTS[0], seed=1, **options) == first
+    assert any(chat.generate(PROMPTS[0], seed=seed, **options) != first for seed in range(2, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_generation_stops_at_the_end_token(chat: Chat) -> None:
+    bias = {(chat.processor.tokenizer.eos_token_id,): 1e4}
+    assert chat.generate(PROMPTS, max_new_tokens=5, sequence_bias=bias) == ["", "", ""]
+
+
+def test_plain_dicts_make_the_same_conversation(tmp_path: Path) -> None:
+    (tmp_path / "a.BIN").write_bytes(IMAGE)
+    uri = "data:image/bin;base64," + base64.b64encode(IMAGE).decode()
+    expected = [Message("user", (Media("image", IMAGE, "bin"), Text("w1")))]
+    for part in (
+        {"type": "image", "path": tmp_path / "a.BIN"},
+        {"type": "image", "data": IMAGE, "format": "bin"},
+        {"type": "image_url", "image_url": {"url": uri}},
+        Media("image", IMAGE, "bin"),
+    ):
+        content = [part, {"type": "text", "text": "w1"}]
+        assert conversation([{"role": "user", "content": content}]) == expected
+    assert conversation("w1") == [Message("user", (Text("w1"),))]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ([{"type": "image", "path": "nowhere.jpg"}], FileNotFoundError),
+        ([{"type": "image_url", "image_url": {"url": "http://example.com/a.jpg"}}], ValueError),
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], ValueError),
+        ([{"type": "image"}], ValueError),
+        ([3], ValueError),
+    ],
+)
+def test_bad_content_is_named(content: list, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        conversation([{"role": "user", "content": content}])
+
+
+def test_bad_messages_and_modalities_are_named(chat: Chat) -> None:
+    with pytest.raises(ValueError, match="role 'bot'"):
+        chat.generate([{"role": "bot", "content": "a"}])
+    with pytest.raises(ValueError, match="video"):
+        chat.generate([Message("user", (Media("video", b"1", "mp4"),))])
+    with pytest.raises(ValueError, match="a batch"):
+        chat.generate(PROMPTS, stream=True)
+
+
+def test_scores_equal_the_losses_of_single_batches_in_order(chat: Chat) -> None:
+    texts = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10 w11", "w2"]
+    samples = [
+        Sample((*ask(bytes([i + 1]), "w1"), Message("assistant", (Text(text),))))
+        for i, text in enumerate(texts)
+    ]
+    sums, counts = chat.score(samples, tokens_per_batch=30)
+    for i, sample in enumerate(samples):
+        batch = chat._batch([chat.processor.encode(sample)])
+        with torch.no_grad():
+            loss = NextToken()(chat.model, chat.model(batch), batch)
+        torch.testing.assert_close(sums[i], loss.total.double(), atol=1e-4, rtol=1e-5)
+        assert counts[i] == loss.count
+    other = chat.score([Sample((*ask(b"\x55", "w1"), samples[0].messages[1]))])[0][0]
+    assert abs(other - sums[0]) > 1e-4
+
+
+def test_load_takes_the_trained_weights_of_a_step(run_dir: Path, chat: Chat) -> None:
+    checkpoint = run_dir / "checkpoints" / "step-00000008.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = chat.model.state_dict()
+    assert saved
+    for name, tensor in saved.items():
+        assert torch.equal(state[name.removeprefix("model.")], tensor)
+    earlier = mmfusion.load(run_dir, step=4, device="cpu").model.state_dict()
+    assert any(not torch.equal(earlier[n.removeprefix("model.")], t) for n, t in saved.items())
+
+
+def test_load_names_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
+        mmfusion.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5; it has \[4, 8\]"):
+        mmfusion.load(run_dir, step=5)
+
+
+def test_load_in_half_precision_answers(run_dir: Path) -> None:
+    half = mmfusion.load(run_dir, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert isinstance(half.generate(PROMPTS[0], max_new_tokens=3), str)
+    assert half.score([Sample((*PROMPTS[0], Message("assistant", (Text("w1"),))))])[1] > 0
+
+
+def test_load_leaves_the_global_generator(run_dir: Path) -> None:
+    before = torch.get_rng_state()
+    mmfusion.load(run_dir, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,92 @@
+"""The terminal chat as a user runs it: a process with lines on its standard input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmfusion
+from mmfusion.tools.chat import Session
+from mmfusion.types import Media
+from tests.training.tiny import fit, write_recipe
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(write_recipe(tmp_path_factory.mktemp("chat"), trainer__max_steps=4)).path
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir: Path) -> mmfusion.inference.Chat:
+    return mmfusion.load(run_dir, device="cpu")
+
+
+@pytest.fixture
+def session(loaded: mmfusion.inference.Chat) -> Session:
+    return Session(loaded, {"max_new_tokens": 6})
+
+
+def test_a_piped_conversation_runs_to_its_end(run_dir: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "my picture.bin"
+    picture.write_bytes(b"\1\2\3")
+    typed = f"w1\n/image {picture}\nw2 w3\n/image nowhere.png\nw4\n/quit\nnever read\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "mmfusion", "chat", str(run_dir), "--max_new_tokens=6"],
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.splitlines()
+    assert out[0].endswith(
+        "Commands: /image PATH, /reset, /help, /quit. Anything else is a message."
+    )
+    assert out[2] == "(image my picture.bin goes with your next message)"
+    assert out[4] == "error: no image file nowhere.png; give the path of a file."
+    assert len(out) == 6
+    assert "Traceback" not in done.stderr
+
+
+def test_answers_are_those_of_generate_with_history_and_media(
+    session: Session,
+    loaded: mmfusion.inference.Chat,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\5\6")
+    session.handle("w1")
+    session.handle(f"/image {tmp_path / 'a.bin'}")
+    session.handle("w2")
+    assert [message.role for message in session.history] == ["user", "assistant"] * 2
+    assert session.history[2].content[0] == Media("image", b"\5\6", "bin")
+    shown = capsys.readouterr().out.splitlines()
+    expected = loaded.generate(session.history[:3], max_new_tokens=6)
+    assert shown[-1].strip() == expected == session.history[3].content[0].text
+
+
+def test_errors_do_not_end_the_session(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for line in ("/image", "/picture a.png", f"/image {tmp_path}", f"/image {tmp_path}/empty.bin"):
+        session.handle(line)
+    session.handle("w1")  # an empty file has no feature: an error, and the turn is dropped
+    assert capsys.readouterr().out.count("error: ") == 4
+    assert session.history == []
+    session.handle("w1")
+    assert len(session.history) == 2
+
+
+def test_reset_forgets_everything_but_the_system_message(
+    loaded: mmfusion.inference.Chat,
+) -> None:
+    session = Session(loaded, {"max_new_tokens": 2}, system="w5")
+    session.handle("w1")
+    session.pending.append(Media("image", b"1", "bin"))
+    session.handle("/reset")
+    assert [message.role for message in session.history] == ["system"]
+    assert session.pending == []
