@@ -99,6 +99,7 @@ class SourceOrder:
         self._span = lanes * BLOCKS_PER_WINDOW * block
         self._num_blocks = n // block
         self._num_windows = n // self._span
+        self._shuffle: tuple[int, Feistel] | None = None
         self._cache: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
 
     def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
@@ -110,11 +111,14 @@ class SourceOrder:
         whole = window < self._num_windows
         lane = np.where(whole, k % self.lanes, 0)
         slot = np.where(whole, inside // self.lanes, inside)
+        groups, member = np.unique(
+            np.stack([epoch, window, lane], axis=1), axis=0, return_inverse=True
+        )
+        by_group = np.argsort(member.ravel(), kind="stable")
+        ends = np.cumsum(np.bincount(member.ravel()))
         index = np.empty_like(k)
-        groups = np.stack([epoch, window, lane], axis=1)
-        for group in np.unique(groups, axis=0):
-            here = (groups == group).all(axis=1)
-            index[here] = self._window(*group.tolist())[slot[here]]
+        for group, here in zip(groups.tolist(), np.split(by_group, ends)[:-1], strict=True):
+            index[here] = self._window(*group)[slot[here]]
         return epoch, index
 
     def _window(self, epoch: int, window: int, lane: int) -> Ints:
@@ -141,6 +145,8 @@ class SourceOrder:
         """Samples of the shuffled blocks ``first`` to ``end``."""
         if first >= end:
             return np.zeros(0, np.int64)
-        shuffle = Feistel(self._num_blocks, key64("blocks", *self._key, epoch))
-        blocks = shuffle(np.arange(first, end, dtype=np.int64))
+        if self._shuffle is None or self._shuffle[0] != epoch:
+            key = key64("blocks", *self._key, epoch)
+            self._shuffle = (epoch, Feistel(self._num_blocks, key))
+        blocks = self._shuffle[1](np.arange(first, end, dtype=np.int64))
         return (blocks[:, None] * self.block + np.arange(self.block, dtype=np.int64)).ravel()
