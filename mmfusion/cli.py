@@ -31,7 +31,10 @@ TOOLS = {
     "data build": ("mmfusion.tools.data_build:build", "make shards from a list of samples"),
     "data index": ("mmfusion.tools.data_index:index", "check shards and write their indexes"),
     "data at-step": ("mmfusion.tools.data_at_step:at_step", "the samples of an optimizer step"),
-    "describe": ("mmfusion.tools.describe:describe", "parts, shapes, parameters, memory of a recipe"),
+    "describe": (
+        "mmfusion.tools.describe:describe",
+        "parts, shapes, parameters, memory of a recipe",
+    ),
     "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
     "quickstart": (
         "mmfusion.tools.quickstart.main:quickstart",
@@ -65,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def usage() -> str:
     """What ``mmfusion --help`` prints."""
-    lines = ["usage: mmfusion COMMAND ...", "", "Train any-to-any multimodal LLMs from one recipe.", ""]
+    lines = [
+        "usage: mmfusion COMMAND ...",
+        "",
+        "Train any-to-any multimodal LLMs from one recipe.",
+        "",
+    ]
     helps = {**RECIPE_COMMANDS, **{name: text for name, (_, text) in TOOLS.items()}}
     lines += [f"  {name:<14} {text}" for name, text in helps.items()]
     lines += [
@@ -117,8 +125,10 @@ def _command(args: list[str]) -> tuple[str, list[str]]:
             return name, args[length:]
     typed = " ".join(arg for arg in args[:2] if not arg.startswith("-"))
     group = [name for name in names if name.split()[0] == args[0]]
-    close = group or difflib.get_close_matches(typed, names, 1) or difflib.get_close_matches(
-        args[0], names, 1
+    close = (
+        group
+        or difflib.get_close_matches(typed, names, 1)
+        or difflib.get_close_matches(args[0], names, 1)
     )
     hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
     _fail("", f"there is no command {typed or args[0]!r}.{hint} See mmfusion --help.", 2)

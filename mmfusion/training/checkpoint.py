@@ -63,7 +63,9 @@ def trained_names(module: nn.Module) -> set[str]:
     """
     trains = {name for name, parameter in _parameters(module) if parameter.requires_grad}
     buffers = {
-        name for name, _ in module.named_buffers(remove_duplicate=False) if _owner_trains(module, name)
+        name
+        for name, _ in module.named_buffers(remove_duplicate=False)
+        if _owner_trains(module, name)
     }
     return (trains | buffers) & set(module.state_dict())
 
@@ -92,7 +94,9 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
     """
     own = module.state_dict(keep_vars=True)
     renamed = {_canonical(name): name for name in own}
-    found = {renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed}
+    found = {
+        renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed
+    }
     wrong = [
         f"{name}: {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
         for name, tensor in found.items()

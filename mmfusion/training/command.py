@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -21,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
-from mmfusion.training.callbacks.stream_state import StreamState
+from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.module import MultimodalModule
@@ -39,6 +41,15 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "accelerator": "auto",
 }
+
+
+NOISE = (
+    r".*Total length of `list` across ranks is zero",  # no validation data
+    r".*module\(s\) in eval mode at the start of training",  # frozen parts
+    r".*isinstance\(treespec, LeafSpec\)",
+    r".*does not have many workers",
+)
+"""Warnings of libraries about what is meant here."""
 
 
 class RecipeParser(LightningArgumentParser):
@@ -63,6 +74,7 @@ class RecipeCommand(LightningCLI):
 
     def __init__(self, name: str, args: Sequence[str]) -> None:
         self.name = name
+        show_messages()
         super().__init__(
             MultimodalModule,
             MultimodalData,
@@ -127,7 +139,7 @@ class RecipeCommand(LightningCLI):
         callbacks = _as_list(given.get("callbacks"))
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            defaults = [StreamState(), Audit(), progress, config.checkpoint]
+            defaults = [StreamStateCallback(), Audit(), progress, config.checkpoint]
             kinds = {type(callback) for callback in callbacks}
             callbacks += [callback for callback in defaults if type(callback) not in kinds]
         given["enable_checkpointing"] = self.name == "fit"
@@ -192,7 +204,9 @@ class RecipeCommand(LightningCLI):
         run = RunDirectory(self.config.run_dir)
         start = self._agree(run)
         if start is None:
-            rank_zero_info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
+            rank_zero_info(
+                f"{run.path} has no checkpoint; using the parts as the recipe makes them"
+            )
             return
         self.model.restore(start)
         rank_zero_info(f"weights of {start}")
@@ -227,6 +241,18 @@ class RecipeCommand(LightningCLI):
         return default_loggers(
             run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
         )
+
+
+def show_messages() -> None:
+    """Our log messages and no noise: on rank 0 from INFO, on the others warnings."""
+    log = logging.getLogger("mmfusion")
+    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
 
 
 def parts_of_recipe(

@@ -15,7 +15,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from mmfusion import tuning as tune
@@ -89,6 +88,8 @@ class MultimodalModule(L.LightningModule):
         self.inherited: set[str] = set()
         """Names of the weights that came from an earlier stage; checkpoints keep them."""
         self.strict_loading = False  # on_load_checkpoint is stricter: it knows what must be there
+        self.groups: list[tune.ParamGroup] = []
+        """The optimizer's groups, once the model is built."""
         self._built = False
         self._step_targets = torch.zeros((), dtype=torch.int64)
         self._step_losses: dict[str, Tensor] = {}
@@ -103,7 +104,7 @@ class MultimodalModule(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.model.build()
-            tune.apply(self.model, self.tuning)
+            self.groups = tune.apply(self.model, self.tuning)
         if self.init_from:
             self._load_earlier(self.init_from)
         if self.compile_llm:
@@ -125,14 +126,6 @@ class MultimodalModule(L.LightningModule):
             self.trainer.accumulate_grad_batches = data.micro_batches_per_step(
                 self.trainer.world_size
             )
-
-    def train(self, mode: bool = True) -> MultimodalModule:
-        """Training mode for parts that train; frozen ones stay as they are evaluated."""
-        super().train(mode)
-        for part in [*self.model.encoders.values(), *self.model.input_projectors.values()]:
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
-        return self
 
     # ---- a training step
 
@@ -174,7 +167,9 @@ class MultimodalModule(L.LightningModule):
         """Before the step's last backward pass: refuse a loss that is not finite, log the sums."""
         if not torch.isfinite(self._step_losses["loss"]):
             names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
-            shown = "\n  ".join(names[:32]) + (f"\n  and {len(names) - 32} more" if names[32:] else "")
+            shown = "\n  ".join(names[:32]) + (
+                f"\n  and {len(names) - 32} more" if names[32:] else ""
+            )
             parts = {name: float(value) for name, value in self._step_losses.items()}
             raise FloatingPointError(
                 f"the loss of optimizer step {self.global_step} is not finite ({parts}) on rank "
@@ -185,7 +180,7 @@ class MultimodalModule(L.LightningModule):
             names = list(self._step_losses)
             sums = torch.stack([self._step_losses[name] for name in names])
             sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-            for name, value in zip(names, sums):
+            for name, value in zip(names, sums, strict=True):
                 self.log(f"train/{name}", value, prog_bar=name == "loss")
 
     def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
@@ -231,15 +226,20 @@ class MultimodalModule(L.LightningModule):
         return losses
 
     def _log_mean(self, name: str, mean: Tensor, count: int) -> None:
-        self.log(name, mean, batch_size=count, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
+        self.log(
+            name, mean, batch_size=count, on_epoch=True, sync_dist=True, add_dataloader_idx=False
+        )
 
     # ---- optimizer and checkpoints
 
     def configure_optimizers(self) -> Any:
         """One group a policy and part, the schedule by optimizer step."""
-        optimizer = self.make_optimizer(tune.parameter_groups(self.model, self.tuning))
+        optimizer = self.make_optimizer([{**group} for group in self.groups])
         scheduler = self.schedule(optimizer, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains now or trained in an earlier stage."""
@@ -247,13 +247,9 @@ class MultimodalModule(L.LightningModule):
         checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds this recipe's trained weights, and say in this world's
-        micro-batches how far the run was.
-        """
+        """Check that the checkpoint holds this recipe's trained weights."""
         self.check_names(set(checkpoint["state_dict"]))
         self.inherited = set(checkpoint["state_dict"]) - trained_names(self)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            _count_in_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def restore(self, path: str | Path) -> None:
         """Build the parts and load a checkpoint of this recipe, to use or evaluate them."""
@@ -289,14 +285,3 @@ def _key(*parts: int) -> int:
     """A seed from numbers, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _count_in_micro_batches(checkpoint: dict[str, Any], splits: int) -> None:
-    """Lightning counts micro-batches and steps where their count is a multiple of ``splits``; another
-    number of ranks changes ``splits``, so the count is made anew from the optimizer steps.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    done = checkpoint["global_step"] * splits
-    for counts in (progress["total"], progress["current"]):
-        unfinished = counts["ready"] - counts["completed"]
-        counts.update(ready=done, started=done, processed=done, completed=done - unfinished)

@@ -46,14 +46,21 @@ FREE_KEYS = (
     "timeout_minutes",
     "data.num_workers",
     "data.packs_per_micro_batch",
-    *(
-        f"trainer.{key}"
-        for key in (
-            "accelerator strategy devices num_nodes logger callbacks max_time log_every_n_steps "
-            "enable_progress_bar enable_model_summary profiler benchmark detect_anomaly "
-            "default_root_dir plugins limit_val_batches val_check_interval"
-        ).split()
-    ),
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.logger",
+    "trainer.callbacks",
+    "trainer.max_time",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.profiler",
+    "trainer.benchmark",
+    "trainer.detect_anomaly",
+    "trainer.plugins",
+    "trainer.limit_val_batches",
+    "trainer.val_check_interval",
 )
 """Keys that may differ between two starts of a run: they change neither packs nor losses."""
 
@@ -123,7 +130,9 @@ class RunDirectory:
             os.replace(path, target)
         if newer:
             log = logging.getLogger(__name__)
-            log.warning("%d checkpoints beyond step %d moved to %s", len(newer), after_step, target.parent)
+            log.warning(
+                "%d checkpoints beyond step %d moved to %s", len(newer), after_step, target.parent
+            )
 
 
 class Attempt:
@@ -144,7 +153,9 @@ class Attempt:
         self._handler = logging.FileHandler(self.path / "log.txt")
 
     def __enter__(self) -> Attempt:
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
         for name in ("mmfusion", "lightning", "py.warnings"):
             logging.getLogger(name).addHandler(self._handler)
         about = {

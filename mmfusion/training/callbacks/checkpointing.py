@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 class RunInterrupted(SystemExit):
     """The run was asked to stop, finished its step and saved."""
 
-    def __init__(self, signum: int, line: str) -> None:
+    def __init__(self, signum: int, step: int) -> None:
         super().__init__(128 + signum)
-        self.line = line
+        self.step = step
 
     def __str__(self) -> str:
-        return self.line
+        return f"interrupted after step {self.step}, saved; the same command goes on from here"
 
 
 class RunCheckpoint(Checkpoint):
@@ -59,6 +59,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(FOLDER)
         self._saved_step = -1
         self._signal = 0
+        self._stopping: RunInterrupted | None = None
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -87,9 +88,22 @@ class RunCheckpoint(Checkpoint):
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
         if stop:
-            line = f"interrupted after step {step}; saved. The same command goes on from here."
-            log.warning(line)
-            raise RunInterrupted(self._signal or signal.SIGTERM, line)
+            self._stopping = RunInterrupted(self._signal or signal.SIGTERM, step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop where the last step was saved and its metrics written."""
+        self._stop()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before a validation."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._stopping is not None:
+            log.warning(str(self._stopping))
+            raise self._stopping
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save where the data ended before ``max_steps``."""
@@ -110,7 +124,7 @@ class RunCheckpoint(Checkpoint):
         if step == self._saved_step:
             return
         path = self.folder / f"step-{step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._saved_step = step
         if trainer.is_global_zero:
             replace_text(self.folder / LATEST, path.name + "\n")

@@ -1,0 +1,88 @@
+"""Runs of the command in processes of their own, forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.tiny", "mmfusion.training.command", "transformers"])
+ROOT = str(Path(__file__).parents[2])
+
+
+def start(
+    args: Sequence[str],
+    log: Path,
+    env: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> BaseProcess:
+    """Start ``mmfusion ARGS``, its output into ``log``."""
+    os.environ["PYTHONPATH"] = ROOT  # for the fork server, where it starts now
+    process = CONTEXT.Process(target=_job, args=(list(args), str(log), env or {}, prepare))
+    process.start()
+    return process
+
+
+def run(args: Sequence[str], log: Path, **options: object) -> int | None:
+    """Run to the end; the exit code."""
+    process = start(args, log, **options)  # type: ignore[arg-type]
+    process.join()
+    return process.exitcode
+
+
+def run_ranks(args: Sequence[str], log: Path, world: int) -> list[int | None]:
+    """Run as ``torchrun --nproc-per-node=WORLD`` does; the exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        start(
+            args,
+            log.with_suffix(f".{rank}"),
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+            },
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def kill(process: BaseProcess) -> None:
+    """SIGKILL, and wait."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _job(
+    args: list[str], log: str, env: dict[str, str], prepare: Callable[[], None] | None
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update({**env, "MMFUSION_TRACEBACK": "1"})
+    sys.argv = ["mmfusion", *args]
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank_zero_only.rank = int(env.get("RANK", 0))  # known at import where processes are not forked
+    if prepare is not None:
+        prepare()
+    from mmfusion.cli import main
+
+    main(args)

@@ -1,0 +1,118 @@
+"""A killed run goes on bit for bit."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from mmfusion.training import checkpoint
+from mmfusion.training.resume import by_step, find
+from tests.training import jobs
+from tests.training.tiny import losses, steps, write_recipe
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def recipe(home):
+    return write_recipe(home, checkpoint__every_n_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(home, recipe):
+    """The uninterrupted run."""
+    return run_to_end(home, recipe, "whole")
+
+
+def options(home, recipe, name):
+    recorder = f'[{{"class_path": "tests.training.tiny.Recorder", "init_args": {{"folder": "{home}/{name}-packs"}}}}]'
+    return ["fit", "-c", str(recipe), f"--run_dir={home}/{name}", f"--trainer.callbacks={recorder}"]
+
+
+def run_to_end(home, recipe, name, *more):
+    code = jobs.run([*options(home, recipe, name), *more], home / f"{name}.log")
+    assert code == 0, (home / f"{name}.log").read_text()
+    return losses_of(home / name)
+
+
+def losses_of(path):
+    from mmfusion.training.run import RunDirectory
+
+    return losses(RunDirectory(path))
+
+
+def die_in_the_third_save():
+    """Half the bytes reach the disk, then the process is gone."""
+    save, count = checkpoint.torch.save, iter(range(100))
+
+    def dying_save(content, file):
+        if next(count) < 2:
+            return save(content, file)
+        save(content, file)
+        file.truncate(file.tell() // 2)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.torch.save = dying_save
+
+
+def test_killed_in_mid_save_goes_on_bit_for_bit(home, recipe, whole):
+    args = options(home, recipe, "saving")
+    assert jobs.run(args, home / "saving.log", prepare=die_in_the_third_save) == -signal.SIGKILL
+    folder = home / "saving" / "checkpoints"
+    assert [p.name for p in by_step(folder)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert list(folder.glob(".*.tmp")), "the torn file is there, under another name"
+    assert run_to_end(home, recipe, "saving") == whole
+    assert not list(folder.glob(".*.tmp"))
+    assert steps(home / "saving-packs").keys() == set(range(STEPS))
+
+
+def test_killed_at_a_random_step_twice_goes_on_bit_for_bit(home, recipe, whole):
+    for attempt in (1, 2):
+        process = jobs.start(options(home, recipe, "random"), home / "random.log")
+        wanted = random.randrange(5 * attempt - 3, 5 * attempt)
+        csv = home / "random" / "metrics.csv"
+        while process.is_alive() and (
+            not csv.exists() or not losses_of(home / "random").get(wanted)
+        ):
+            time.sleep(0.01)
+        jobs.kill(process)
+    assert run_to_end(home, recipe, "random") == whole
+    attempts = sorted(p.name for p in (home / "random" / "attempts").iterdir())
+    assert attempts == ["0001", "0002", "0003"]
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
+    run_to_end(home, recipe, "torn", "--trainer.max_steps=12")
+    newest = find(home / "torn")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert run_to_end(home, recipe, "torn") == whole
+    assert "not resuming from step-00000012.ckpt" in (home / "torn.log").read_text()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_for_bit(home, recipe, whole):
+    process = jobs.start(options(home, recipe, "ctrl-c"), home / "ctrl-c.log")
+    csv = home / "ctrl-c" / "metrics.csv"
+    while process.is_alive() and (not csv.exists() or not losses_of(home / "ctrl-c").get(4)):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    log = (home / "ctrl-c.log").read_text()
+    assert process.exitcode == 130, log
+    assert "the same command goes on from here" in log
+    done = max(losses_of(home / "ctrl-c")) + 1
+    assert f"step-{done:08d}.ckpt" in find(home / "ctrl-c").name
+    assert run_to_end(home, recipe, "ctrl-c") == whole
+
+
+def test_loader_processes_change_nothing(home, recipe, whole):
+    for workers in (1, 3):
+        assert run_to_end(home, recipe, f"workers{workers}", f"--data.num_workers={workers}") == whole
+        assert steps(home / f"workers{workers}-packs") == steps(home / "whole-packs")

@@ -1,0 +1,179 @@
+"""Tiny runs: a random LLaMA on disk, shards of words with media of a few bytes, a recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+
+from mmfusion.cli import main
+from mmfusion.data.converters.base import Converter
+from mmfusion.data.writer import ShardWriter
+from mmfusion.models.projectors.base import Projector
+from mmfusion.training.run import RunDirectory
+from mmfusion.types import Batch, Media, Message, Sample, Text
+from tests.models.tiny import save_llm
+
+TINY = "tests.models.tiny"
+HERE = "tests.training.tiny"
+
+
+class TinyConverter(Converter):
+    """``image`` and ``audio`` members are media of a user turn, ``txt`` is the answer."""
+
+    def __call__(self, record: Mapping[str, bytes], shard: str, key: str) -> Sample:
+        media = [Media(name, record[name], "bin") for name in ("image", "audio") if name in record]
+        turn = Message("user", (*media, Text(" w1")))
+        answer = Message("assistant", (Text(record["txt"].decode()),))
+        return Sample((turn, answer), shard=shard, key=key)
+
+
+class Recorder(L.Callback):
+    """Writes which samples, with which tokens, each rank trained on in each optimizer step."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        row = {
+            "step": trainer.global_step,
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "samples": [[s.ref.source, s.ref.epoch, s.ref.index] for s in batch.samples],
+            "tokens": batch.input_ids[batch.segment_ids >= 0].tolist(),
+            "idle": [name for name, media in batch.media.items() if media.idle],
+        }
+        with (self.folder / f"rank{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """All rows, by step and rank."""
+    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.open()]
+    return sorted(rows, key=lambda row: (row["step"], row["rank"]))
+
+
+def steps(folder: Path) -> dict[int, tuple[list[Any], list[int]]]:
+    """Samples and tokens of each optimizer step, ranks and micro-batches laid end to end."""
+    found: dict[int, tuple[list[Any], list[int]]] = {}
+    for row in recorded(folder):
+        samples, tokens = found.setdefault(row["step"], ([], []))
+        samples += row["samples"]
+        tokens += row["tokens"]
+    return found
+
+
+class DropoutProjector(Projector):
+    """A linear layer behind dropout, to show that dropout is resumed."""
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.dropout = torch.nn.Dropout(dropout)
+        self.linear = torch.nn.Linear(in_dim, out_dim)
+
+    def forward(self, features_NFD: torch.Tensor, mask_NF: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.dropout(features_NFD))
+
+
+def write_shards(folder: Path, name: str, samples: int, media: str = "image", seed: int = 0) -> str:
+    """Samples of 3 to 20 words; two of three have an item of one of ``media``."""
+    draw = random.Random(seed)
+    with ShardWriter(str(folder / f"{name}-%06d.tar"), max_samples=50) as writer:
+        for i in range(samples):
+            words = " ".join(f"w{draw.randrange(35)}" for _ in range(draw.randrange(3, 20)))
+            record = {"txt": words.encode()}
+            if media and i % 3:
+                kind = draw.choice(media.split(","))
+                record[kind] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 5)))
+            writer.write(f"{name}{i:05d}", record)
+    return str(folder / f"{name}-*.tar")
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """A recipe over tiny parts and data in ``folder``, made where they are missing.
+
+    ``changes`` are by dotted key, with ``__`` for the dots.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "llm").exists():
+        save_llm(folder / "llm")
+        write_shards(folder, "train", 120)
+        write_shards(folder, "words", 60, media="", seed=1)
+        write_shards(folder, "val", 12, seed=2)
+    converter = {"class_path": f"{HERE}.TinyConverter"}
+    recipe: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "wandb": "off",
+        "trainer": {
+            "max_steps": 12,
+            "accelerator": "cpu",
+            "devices": 1,
+            "gradient_clip_val": 1.0,
+            "enable_progress_bar": False,
+        },
+        "model": {
+            "encoders": {"image": {"class_path": f"{TINY}.TinyEncoder"}},
+            "input_projectors": {"image": {"class_path": f"{HERE}.DropoutProjector"}},
+            "llm": {
+                "class_path": "mmfusion.models.llms.hf_causal_lm.HFCausalLM",
+                "init_args": {"path": str(folder / "llm")},
+            },
+            "objectives": {"next_token": {"class_path": "mmfusion.objectives.next_token.NextToken"}},
+            "tuning": {
+                "input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}},
+                "llm": {
+                    "class_path": "mmfusion.tuning.LoRA",
+                    "init_args": {"r": 2, "lr": 1e-2, "dropout": 0.2},
+                },
+            },
+            "schedule": {"warmup_steps": 2},
+        },
+        "data": {
+            "sources": {
+                "train": {"shards": str(folder / "train-*.tar"), "converter": converter, "weight": 2},
+                "words": {"shards": str(folder / "words-*.tar"), "converter": converter},
+            },
+            "pack_tokens": 64,
+            "packs_per_step": 4,
+            "packs_per_micro_batch": 2,
+            "lanes": 4,
+            "window": 16,
+            "num_workers": 0,
+        },
+        "checkpoint": {"every_n_steps": 4},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        target = recipe
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    path = folder / f"recipe{len(list(folder.glob('recipe*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def fit(recipe: Path, *options: str) -> RunDirectory:
+    """Run ``mmfusion fit`` in this process."""
+    main(["fit", "-c", str(recipe), *options])
+    config = yaml.safe_load(recipe.read_text())
+    given = [option.split("=", 1)[1] for option in options if option.startswith("--run_dir=")]
+    return RunDirectory(given[-1] if given else config["run_dir"])
+
+
+def losses(run: RunDirectory, attempt: int | None = None) -> dict[int, str]:
+    """``train/loss`` of each step as written; later attempts replace earlier ones."""
+    found = {}
+    with (run.path / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["train/loss"] and (attempt is None or float(row["trainer/attempt"]) == attempt):
+                found[int(float(row["trainer/global_step"]))] = row["train/loss"]
+    return found
