@@ -27,6 +27,9 @@ from mmfusion.data.tar import (
 from mmfusion.data.whole_file import write_whole
 
 Offsets = NDArray[np.uint64]
+MAX_RECORD_BYTES = 1 << 30
+"""Bytes of a sample in its shard above which it is not read."""
+
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmfusion.data.index import (
+    MAX_RECORD_BYTES,
     Offsets,
     ShardError,
     check_index,
@@ -63,7 +64,7 @@ class Shards:
     def __init__(
         self,
         patterns: str | Sequence[str],
-        max_record_bytes: int = 1 << 30,
+        max_record_bytes: int = MAX_RECORD_BYTES,
         retries: int = 4,
         backoff: float = 0.25,
     ) -> None:
