@@ -26,7 +26,7 @@ def open_container(data: bytes) -> Any:
         av.FFmpegError: for data in no allowed format.
     """
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
-    return av.open(io.BytesIO(data), options=options)
+    return av.open(io.BytesIO(data), options=options, metadata_errors="replace")
 
 
 def start_seconds(stream: Any) -> float:
