@@ -144,10 +144,17 @@ class StreamState:
                 "disagree, so samples would be lost or repeated. Restore before the loader starts."
             )
         self.step, self.packs = record.step + 1, record.end_pack
-        for lane, state in record.lanes.items():
-            self.lanes[lane] = state
-        for source, counts in record.counts.items():
-            self.counts[source].add(counts)
+        self.absorb(record.lanes, record.counts)
+
+    def absorb(self, lanes: Mapping[int, LaneState], counts: Mapping[str, SourceCounts]) -> None:
+        """Add lanes and counts of a rank. Of a lane that several ranks took packs from, the
+        furthest state is the true one.
+        """
+        for lane, state in lanes.items():
+            if state.packs > self.lanes[lane].packs:
+                self.lanes[lane] = state
+        for source, more in counts.items():
+            self.counts[source].add(more)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: dicts, lists, numbers and strings."""

@@ -161,7 +161,7 @@ class StreamStateCallback(L.Callback):
             dist.all_gather_object(gathered, mine)
             everyone = gathered
             for other in (x for rank, x in enumerate(everyone) if rank != dist.get_rank()):
-                other.add_to(self._stream)
+                self._stream.absorb(other.lanes, other.counts)
         self._pending = _Pending()
         self._check_bad()
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -247,13 +247,3 @@ class _Pending:
         for source, counts in record.counts.items():
             self.counts.setdefault(source, SourceCounts()).add(counts)
         self.bad += [(record.step, sample) for sample in record.bad]
-
-    def add_to(self, state: StreamState) -> None:
-        """Add another rank's part to a state. Of a lane that several ranks took packs from, the
-        furthest state is the true one.
-        """
-        for lane, other in self.lanes.items():
-            if other.packs > state.lanes[lane].packs:
-                state.lanes[lane] = other
-        for source, counts in self.counts.items():
-            state.counts[source].add(counts)
