@@ -7,16 +7,11 @@ import os
 import re
 from collections.abc import Iterator
 
-import av
 from tqdm import tqdm
 
 from mmfusion.data.index import MAX_RECORD_BYTES
 from mmfusion.data.writer import ShardWriter
-from mmfusion.processing.audios import decode_audio
-from mmfusion.processing.containers import open_container
-from mmfusion.processing.images import decode_image
 from mmfusion.tools.data_list import BadEntry, Entry, read_list
-from mmfusion.types import DataError
 
 _IMAGES = {"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "avif"}
 _SOUNDS = {"wav", "flac", "ogg", "opus", "mp3", "m4a", "aac", "aiff", "au", "wma"}
@@ -168,6 +163,14 @@ def _record(entry: Entry, files: list[tuple[str, str]], decode: bool) -> dict[st
 
 
 def _check_media(data: bytes, extension: str, path: str) -> None:
+    # the decoders bring torch with them, which takes seconds
+    import av
+
+    from mmfusion.processing.audios import decode_audio
+    from mmfusion.processing.containers import open_container
+    from mmfusion.processing.images import decode_image
+    from mmfusion.types import DataError
+
     try:
         if extension in _IMAGES:
             decode_image(data, extension)

@@ -147,7 +147,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, Any]]:
                 wrong = f"expected {len(rows.fieldnames or [])} values, as in the first line"
                 yield f"{path}:{rows.line_num}", row if whole else BadEntry(wrong)
         except csv.Error as error:
-            raise ValueError(f"{path}:{rows.line_num} cannot be read: {error}") from None
+            raise ValueError(f"{path}:{rows.reader.line_num} cannot be read: {error}") from None
 
 
 def _decode_lines(path: str, file: BinaryIO) -> Iterator[str]:

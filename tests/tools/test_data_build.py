@@ -241,7 +241,7 @@ def test_command_line_builds_shards(media: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "l.jsonl:2" in done.stderr
     assert "--max_bad is 0" in done.stderr
-    more = [str(tmp_path / "out"), "--max_bad", "1", "--decode", "true"]
+    more = [str(tmp_path / "out"), "--max_bad", "1", "--overwrite", "true"]
     done = subprocess.run([*run, *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 samples" in done.stdout
