@@ -1,0 +1,98 @@
+"""A recipe is described without any weight file, and the numbers are those of the built model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfusion import tuning
+from mmfusion.cli import from_recipe, main
+from mmfusion.tools.describe import Description, description
+from tests.training.tiny import write_recipe
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.nn.Module]:
+    """A recipe whose weights were loaded once, and are gone now."""
+    folder = tmp_path_factory.mktemp("describe")
+    recipe = str(write_recipe(folder))
+    module, _ = from_recipe(recipe)
+    module.configure_model()
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    for shard in folder.rglob("*.tar*"):
+        shard.unlink()
+    return recipe, module.model
+
+
+@pytest.fixture(scope="module")
+def found(built: tuple[str, torch.nn.Module]) -> Description:
+    return description(built[0])
+
+
+def test_parameters_are_those_of_the_built_model(
+    built: tuple[str, torch.nn.Module], found: Description
+) -> None:
+    for row in found.parts:
+        part = built[1].get_submodule(row.name)
+        assert row.parameters == sum(p.numel() for p in part.parameters())
+        assert row.trainable == sum(p.numel() for p in part.parameters() if p.requires_grad)
+        tensors = [*part.parameters(), *part.buffers()]
+        assert row.weights == sum(t.numel() * t.element_size() for t in tensors)
+        assert row.optimizer == 8 * row.trainable
+    names = {row.name: row.tuning for row in found.parts}
+    assert names == {
+        "encoders.image": "Frozen",
+        "input_projectors.image": "Full 0.01",
+        "llm": "LoRA 0.01",
+    }
+
+
+def test_media_rows_say_what_an_item_becomes(found: Description) -> None:
+    (row,) = found.media
+    assert (row.modality, row.features, row.tokens) == ("image", (4, 8), (4, 32))
+
+
+def test_activations_follow_the_micro_batch(
+    built: tuple[str, torch.nn.Module], found: Description
+) -> None:
+    assert found.tokens == 2 * 64
+    larger = description(built[0], ["--data.pack_tokens=128"])
+    assert larger.activations == 2 * found.activations > 0
+    assert sum(found.memory.values()) > found.activations
+
+
+def test_the_command_prints_tables(
+    built: tuple[str, torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["describe", built[0]])
+    shown = capsys.readouterr().out
+    for word in ("input_projectors.image", "TinyEncoder", "LoRA 0.01", "4 x 32", "activations"):
+        assert word in shown
+
+
+def test_a_recipe_that_the_audit_refuses_says_so(
+    built: tuple[str, torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(Path(built[0]).parent, model__tuning={"llm": {
+        "class_path": "mmfusion.tuning.Frozen"}})  # fmt: skip
+    assert "nothing trains" in description(str(recipe)).audit
+    main(["describe", str(recipe)])
+    assert "fit will refuse this recipe" in capsys.readouterr().out
+
+
+def test_a_wrong_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, model__tunning={"llm": 1})
+    with pytest.raises(SystemExit) as exit:
+        main(["describe", str(recipe)])
+    assert exit.value.code == 1
+    assert "tuning" in capsys.readouterr().err
+
+
+def test_a_policy_that_matches_nothing_is_an_error(built: tuple[str, torch.nn.Module]) -> None:
+    recipe = write_recipe(Path(built[0]).parent, model__tuning={"lm": {
+        "class_path": "mmfusion.tuning.Frozen"}})  # fmt: skip
+    with pytest.raises(tuning.TuningError, match="did you mean 'llm'"):
+        description(str(recipe))
