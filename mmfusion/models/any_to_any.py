@@ -128,7 +128,10 @@ class AnyToAnyModel(nn.Module):
                 f"{len(media.num_features)} items of up to {longest} features; "
                 "MediaProcessor.num_features and Encoder.forward disagree."
             )
-        return projector(features, fusion.first_n(media.num_features, features.shape[1]))
+        # A frozen encoder may be kept in a lower precision than its projector trains in.
+        dtype = next((p.dtype for p in projector.parameters()), features.dtype)
+        valid = fusion.first_n(media.num_features, features.shape[1])
+        return projector(features.to(dtype), valid)
 
     def _checked_counts(self, modality: str, media: MediaBatch) -> Tensor:
         """(N,) placeholder slots of each item, which must be the tokens its projector gives."""
