@@ -1,8 +1,10 @@
 """Whisper's encoder (arXiv:2212.04356), run on a clip's own length instead of 30 s.
 
 Sound of n samples at 16 kHz becomes 2 F mel frames of 10 ms and F features of 20 ms: the first 2 F
-frames of what Whisper would compute on the clip padded with silence to 30 s. Legend: N clips, M mel
-bins, F features, D width.
+frames of what Whisper would compute on the clip padded with silence to 30 s. Some silence after the
+clip can be encoded with it and dropped: Whisper was trained on padded clips, and the mean cosine to
+the features of the whole window rises with it (three spoken words: 0.77 with none, 0.84 with 1 s,
+0.91 with 5 s). Legend: N clips, M mel bins, F features, D width.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class WhisperEncoder(Encoder):
         path: hub id or folder of a Whisper model, whole or its encoder alone.
         max_seconds: longer clips are cut to this; at most 30.
         pool: average this many neighbouring features into one.
+        silence_seconds: of silence encoded after each clip, whose features are dropped.
         dtype: of the weights; ``auto`` keeps the checkpoint's.
         revision: commit, tag or branch of a hub id.
     """
@@ -49,6 +52,7 @@ class WhisperEncoder(Encoder):
         path: str,
         max_seconds: float = 30.0,
         pool: int = 1,
+        silence_seconds: float = 1.0,
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         revision: str | None = None,
     ) -> None:
@@ -65,6 +69,7 @@ class WhisperEncoder(Encoder):
             raise ValueError(f"pool is {pool}; it must be 1 or more.")
         self.max_features = max(1, math.floor(max_seconds * FEATURES_PER_SECOND))
         self.pool = pool
+        self.silence = max(0, round(silence_seconds * FEATURES_PER_SECOND))
         self.encoder: Any = None
 
     @cached_property
@@ -97,16 +102,23 @@ class WhisperEncoder(Encoder):
         self.train(self.training)
 
     def media_processor(self) -> MediaProcessor:
-        return WhisperProcessor(int(self.config.num_mel_bins), self.max_features, self.pool)
+        return WhisperProcessor(
+            mel_bins=int(self.config.num_mel_bins),
+            max_features=self.max_features,
+            pool=self.pool,
+            silence=self.silence,
+            positions=int(self.config.max_source_positions),
+        )
 
     def forward(self, tensors: MediaTensors) -> Tensor:
-        mel_NMT, lengths = tensors["mel"], tensors["length"]
+        mel_NMT, lengths, clips = tensors["mel"], tensors["length"], tensors["clip"]
         net = self.encoder
         hidden = F.gelu(net.conv1(mel_NMT.to(net.conv1.weight.dtype)))
         hidden = F.gelu(net.conv2(hidden)).transpose(1, 2)  # (N, F, D)
         hidden = hidden + net.embed_positions.weight[: hidden.shape[1]]
         hidden = F.dropout(hidden, net.dropout, net.training)
-        valid = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        valid = place < lengths[:, None]
         mask = None
         if not bool(valid.all()):
             mask = torch.zeros(valid.shape, dtype=hidden.dtype, device=hidden.device)
@@ -114,7 +126,8 @@ class WhisperEncoder(Encoder):
             mask = mask.expand(-1, 1, hidden.shape[1], -1)
         for layer in net.layers:
             hidden = _tensor(layer(hidden, mask))
-        return self._pooled(net.layer_norm(hidden), valid)
+        longest = int(clips.max())
+        return self._pooled(net.layer_norm(hidden[:, :longest]), place[:longest] < clips[:, None])
 
     def _pooled(self, hidden_NFD: Tensor, valid_NF: Tensor) -> Tensor:
         """Mean over each ``pool`` features, of the valid ones alone."""
@@ -133,14 +146,20 @@ class WhisperProcessor(MediaProcessor):
         mel_bins: 80, or 128 for the newest models.
         max_features: longest clip, in features of 20 ms.
         pool: features averaged by the encoder.
+        silence: features of silence encoded after the clip.
+        positions: features the encoder can take.
     """
 
     modality = "audio"
 
-    def __init__(self, mel_bins: int, max_features: int, pool: int) -> None:
+    def __init__(
+        self, mel_bins: int, max_features: int, pool: int, silence: int, positions: int
+    ) -> None:
         self.mel_bins = mel_bins
         self.max_features = max_features
         self.pool = pool
+        self.silence = silence
+        self.positions = positions
 
     def _span(self, media: Media) -> tuple[float | None, float | None, int]:
         """The start and the end to decode, and the features before pooling."""
@@ -164,9 +183,12 @@ class WhisperProcessor(MediaProcessor):
         return self._item(torch.zeros(SAMPLES_PER_FEATURE), 1)
 
     def _item(self, sound: Tensor, features: int) -> MediaTensors:
+        length = min(features + self.silence, self.positions)
+        sound = sound[: features * SAMPLES_PER_FEATURE]
         return {
-            "mel": log_mel(sound, features, self.mel_bins),
-            "length": torch.tensor(features),
+            "mel": log_mel(sound, length, self.mel_bins),
+            "length": torch.tensor(length),
+            "clip": torch.tensor(features),
             "num_features": torch.tensor(-(-features // self.pool)),
         }
 
@@ -176,7 +198,8 @@ class WhisperProcessor(MediaProcessor):
         """
         longest = max(item["mel"].shape[1] for item in items)
         mels = [F.pad(item["mel"], (0, longest - item["mel"].shape[1])) for item in items]
-        rest = {name: torch.stack([i[name] for i in items]) for name in ("length", "num_features")}
+        counts = ("length", "clip", "num_features")
+        rest = {name: torch.stack([item[name] for item in items]) for name in counts}
         return {"mel": torch.stack(mels), **rest}
 
 
