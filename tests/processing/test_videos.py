@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -24,14 +25,17 @@ def film(
     codec: str = "libx264",
     pts: list[int] | None = None,
     options: dict[str, str] | None = None,
+    movflags: str = "",
 ) -> bytes:
     """A film whose frames all differ: the frame number is drawn as eight bright or dark columns."""
     file = io.BytesIO()
-    with av.open(file, "w", format=format) as container:
+    muxing = {"movflags": movflags} if movflags else {}
+    with av.open(file, "w", format=format, options=muxing) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.gop_size = gop
         stream.codec_context.time_base = Fraction(1, fps)
+        container.start_encoding()
         for i in range(num_frames):
             bits = np.array([(i >> bit) & 1 for bit in range(8)], np.uint8)
             row = np.repeat(40 + 170 * bits, WIDTH // 8)
@@ -78,7 +82,7 @@ FILMS = {
     "webm": {"format": "webm", "codec": "libvpx"},
     "mpegts": {"format": "mpegts", "options": {"bf": "2"}},
     "avi": {"format": "avi", "codec": "mpeg4"},
-    "fragmented": {"options": {"movflags": "frag_keyframe+empty_moov"}},
+    "fragmented": {"movflags": "frag_keyframe+empty_moov"},
 }
 
 
@@ -198,15 +202,25 @@ def audio_only() -> bytes:
     return file.getvalue()
 
 
-def test_bad_files_have_their_own_reasons() -> None:
+def test_bad_files_have_their_own_reasons(tmp_path: Path) -> None:
     data = film()
     assert reason(audio_only()) == "no_video_stream"
     assert reason(b"") == "corrupt_video"
     assert reason(b"not a film at all" * 20) == "corrupt_video"
     assert reason(data[: len(data) // 2]) == "corrupt_video"
-    assert reason(film(0, options={"movflags": "frag_keyframe+empty_moov"})) == "empty_video"
-    faststart = film(options={"movflags": "faststart"})
-    assert reason(faststart[: len(faststart) * 2 // 3]) == "corrupt_video"
+    assert reason(film(0, movflags="frag_keyframe+empty_moov")) == "empty_video"
+    header_first = tmp_path / "film.mp4"
+    with (
+        av.open(io.BytesIO(data)) as film_in,
+        av.open(str(header_first), "w", options={"movflags": "faststart"}) as film_out,
+    ):
+        stream = film_out.add_stream_from_template(film_in.streams.video[0])
+        for packet in film_in.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                film_out.mux(packet)
+    assert len(decode_video(header_first.read_bytes(), "mp4", num_frames=2)) == 2
+    assert reason(header_first.read_bytes()[: len(data) * 3 // 4]) == "corrupt_video"
 
 
 def test_span_outside_the_film() -> None:
@@ -247,7 +261,7 @@ def test_damage_gives_frames_or_a_data_error() -> None:
     [b"ffconcat version 1.0\nfile film.mp4\n", b"#EXTM3U\n#EXTINF:1,\nfilm.mp4\n#EXT-X-ENDLIST\n"],
 )
 def test_playlists_open_no_other_file(
-    playlist: bytes, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    playlist: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with open("film.mp4", "wb") as file:
