@@ -88,7 +88,7 @@ def test_a_wrong_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as exit:
         main(["describe", str(recipe)])
     assert exit.value.code == 1
-    assert "tuning" in capsys.readouterr().err
+    assert "tunning" in capsys.readouterr().err
 
 
 def test_a_policy_that_matches_nothing_is_an_error(built: tuple[str, torch.nn.Module]) -> None:
