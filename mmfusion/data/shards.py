@@ -228,14 +228,14 @@ def _parse_record(content: bytes) -> tuple[dict[str, bytes], str]:
     record: dict[str, bytes] = {}
     key = None
     members = Members(lambda offset, length: content[offset : offset + length], len(content))
-    for member in members:
-        if is_meta(member.name):
+    for name, start, data, size in members:
+        if is_meta(name):
             continue
-        parts = split_name(member.name)
+        parts = split_name(name)
         if parts is None or parts[1] in record or key not in (None, parts[0]):
-            raise TarError(f"{member.name!r} is not part of sample {key!r}", member.start)
-        key = parts[0]
-        record[parts[1]] = content[member.data : member.data + member.size]
+            raise TarError(f"{name!r} is not part of sample {key!r}", start)
+        key, extension = parts
+        record[extension] = content[data : data + size]
     if key is None or members.offset != len(content):
         raise TarError("the sample ends early", members.offset)
     return record, key

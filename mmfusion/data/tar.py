@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
@@ -23,8 +23,9 @@ _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
 _OCTAL = re.compile(rb"[ \0]*([0-7]+)[ \0]*$")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
-_REGULAR, _DIRECTORY, _PAX, _PAX_GLOBAL = b"0\x007", b"5", b"xX", b"g"
-_GNU_LONG_NAME, _GNU_LONG_LINK = b"L", b"K"
+_REGULAR = frozenset([b"0", b"\0", b"7"])
+_DIRECTORY, _PAX_GLOBAL, _GNU_LONG_NAME, _GNU_LONG_LINK = b"5", b"g", b"L", b"K"
+_EXTENDED = frozenset([b"x", b"X", _PAX_GLOBAL, _GNU_LONG_NAME, _GNU_LONG_LINK])
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -48,8 +49,7 @@ class TarError(ValueError):
         self.offset = offset
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar.
 
     Attributes:
@@ -102,22 +102,25 @@ class Members:
             if header == ZERO_BLOCK:
                 break
             kind, short_name, size = parse_header(header, at)
-            if kind in _PAX or kind in _PAX_GLOBAL or kind in (_GNU_LONG_NAME, _GNU_LONG_LINK):
+            if kind in _EXTENDED:
                 self._read_extended(kind, size, extended)
                 # tarfile, and so Energon's index, counts a global header to no member
                 if start is None and kind != _PAX_GLOBAL:
                     start = at
                 continue
             name = extended.get("path") or _text(short_name, at)
-            if kind in _DIRECTORY or (kind == b"\0" and name.endswith("/")):
-                _check(size == 0, f"directory {name!r} with {size} bytes of content", at)
+            if kind == _DIRECTORY or (kind == b"\0" and name.endswith("/")):
+                _check(size == 0, f"directory {name!r} with content", at)
                 self.offset = at + BLOCK
-            else:
-                _check(kind in _REGULAR, f"{name!r} is {_describe(kind)}: not supported", at)
-                size = _decimal(extended["size"], at) if "size" in extended else size
+            elif kind in _REGULAR:
+                if "size" in extended:
+                    size = _decimal(extended["size"], at)
                 self._skip(at, size, name)
                 yield Member(name, at if start is None else start, at + BLOCK, size)
-            start, extended = None, {}
+            else:
+                raise TarError(f"{name!r} is {_describe(kind)}: not supported", at)
+            if start is not None or extended:
+                start, extended = None, {}
         _check(start is None, "long name or pax header without a member after it", self.offset)
 
     def _read_extended(self, kind: bytes, size: int, extended: dict[str, str]) -> None:
@@ -141,14 +144,15 @@ class Members:
                 extended.setdefault(key, records[key])
 
     def _skip(self, at: int, size: int, name: str) -> None:
-        end = at + BLOCK + size
-        padded = at + BLOCK + -(-size // BLOCK) * BLOCK
-        _check(
-            end <= self._stop,
-            f"truncated: {name!r} has {size} bytes, the file ends after {self._stop - at - BLOCK}",
-            at,
-        )
-        _check(padded <= self._stop, f"truncated in the padding after {name!r}", at)
+        padded = at + BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        if padded > self._stop:
+            left = self._stop - at - BLOCK
+            raise TarError(
+                f"truncated in the padding after {name!r}"
+                if size <= left
+                else f"truncated: {name!r} has {size} bytes, the file ends after {left}",
+                at,
+            )
         self.offset = padded
 
 
@@ -158,11 +162,12 @@ def parse_header(header: bytes, at: int) -> tuple[bytes, bytes, int]:
     Raises:
         TarError: where it is none.
     """
-    _check(len(header) == BLOCK, f"truncated in a header ({len(header)} of {BLOCK} bytes)", at)
-    summed = header[:148] + b" " * 8 + header[156:]
-    difference = sum(summed) - _number(header[148:156], at, "checksum")
-    if difference and difference != 256 * sum(byte > 127 for byte in summed):
-        # (the second: some old writers summed signed bytes)
+    if len(header) != BLOCK:
+        raise TarError(f"truncated in a header ({len(header)} of {BLOCK} bytes)", at)
+    # the checksum field itself counts as eight spaces: 256
+    stated = header[148:156]
+    difference = sum(header) - sum(stated) + 256 - _number(stated, at, "checksum")
+    if difference and difference != 256 * _high_bytes(header):
         raise TarError("header checksum does not fit: damaged, or not a tar header", at)
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
@@ -176,12 +181,16 @@ def _number(field: bytes, at: int, what: str) -> int:
     if field[0] & 0x80:
         _check(field[0] == 0x80, f"{what} negative or beyond all bounds", at)
         return int.from_bytes(field[1:], "big")
-    if not field.strip(b" \0"):
-        return 0
     match = _OCTAL.match(field)
-    if match is None:
-        raise TarError(f"{what} {field!r} is not an octal number", at)
-    return int(match[1], 8)
+    if match is not None:
+        return int(match[1], 8)
+    _check(not field.strip(b" \0"), f"{what} {field!r} is not an octal number", at)
+    return 0
+
+
+def _high_bytes(header: bytes) -> int:
+    """How many bytes outside the checksum old writers counted as negative."""
+    return sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _decimal(text: str, at: int) -> int:

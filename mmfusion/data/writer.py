@@ -128,14 +128,18 @@ class ShardWriter:
             self._shard = None
 
     def _clear(self, folder: str, name: str, overwrite: bool) -> None:
-        start, end = _NUMBER.split(name)
-        shard = re.compile(re.escape(start) + r"\d+" + re.escape(end) + r"(\.idx)?$")
-        present = sorted(found for found in os.listdir(folder) if shard.match(found))
+        start, end = map(re.escape, _NUMBER.split(name))
+        shard = re.compile(rf"{start}\d+{end}(\.idx)?")
+        # what a killed writer left behind
+        temporary = re.compile(rf"\.{shard.pattern}\.\d+-[0-9a-f]+\.tmp")
+        present = sorted(found for found in os.listdir(folder) if shard.fullmatch(found))
         if present and not overwrite:
             raise FileExistsError(
                 f"{folder} already holds {present[0]} and {len(present) - 1} more files of "
                 f"{self._pattern}; choose another name, or overwrite them (overwrite=True)"
             )
+        if overwrite:
+            present += [found for found in os.listdir(folder) if temporary.fullmatch(found)]
         for found in present:
             os.unlink(os.path.join(folder, found))
 

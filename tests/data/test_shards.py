@@ -79,55 +79,6 @@ def test_one_read_per_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 1
 
 
-def test_folders_globs_brace_lists_and_lists_name_shards(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [str(folder / f"train-{i:02d}.tar") for i in range(4)]
-    monkeypatch.setenv("MY_DATA", str(folder))
-    assert Shards(str(folder)).paths == names
-    assert Shards(str(folder.parent)).paths == names
-    assert Shards(f"{folder}/train-*.tar").paths == names
-    assert Shards(f"{folder}/*").paths == names
-    assert Shards(f"{folder}/train-{{00..03}}.tar").paths == names
-    assert Shards(f"{folder}/train-{{02,00}}.tar").paths == [names[2], names[0]]
-    assert Shards("$MY_DATA/train-*.tar").paths == names
-    assert Shards([names[3], f"{folder}/train-00.*"]).paths == [names[3], names[0]]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "problem"),
-    [
-        ("{}/train-{{00..04}}.tar", r"no shard '.*train-04.tar' \(from"),
-        ("{}/val-*.tar", "no shard"),
-        ("{}/val.tar", "no shard"),
-        ("{}/*.idx", "holds no .tar file"),
-        ("pipe:cat {}/train-00.tar", "not addresses or pipes"),
-        ("https://example.org/a.tar", "not addresses or pipes"),
-    ],
-)
-def test_patterns_that_miss_a_shard_are_refused(folder: Path, pattern: str, problem: str) -> None:
-    with pytest.raises(ShardError, match=problem):
-        Shards(pattern.format(folder))
-
-
-def test_compressed_shards_beside_plain_ones_are_not_passed_over(folder: Path) -> None:
-    (folder / "train-04.tar.gz").write_bytes(b"")
-    with pytest.raises(ShardError, match="decompress"):
-        Shards(str(folder))
-
-
-def test_shard_named_twice_is_refused(folder: Path) -> None:
-    with pytest.raises(ShardError, match="named 2 times"):
-        Shards([str(folder), f"{folder}/train-03.tar"])
-
-
-def test_no_patterns_and_missing_variable_are_refused() -> None:
-    with pytest.raises(ShardError, match="no shards are named"):
-        Shards([])
-    with pytest.raises(ValueError, match="environment variable"):
-        Shards("$MMFUSION_NO_SUCH_VARIABLE/a.tar")
-
-
 def test_missing_index_is_refused_with_the_command_that_makes_it(folder: Path) -> None:
     shard = folder / "train-02.tar"
     os.unlink(index_path(str(shard)))

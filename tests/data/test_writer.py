@@ -18,8 +18,13 @@ from tests.data.tars import offsets_with_tarfile, read_with_webdataset
 RECORDS = [(f"k{i:04d}", {"jpg": bytes(i * 37 % 1500), "json": b"{}"}) for i in range(25)]
 
 
-def write(folder: Path, records: list[tuple[str, dict[str, bytes]]], **options: int) -> list[Path]:
-    with ShardWriter(str(folder / "train-%06d.tar"), **options) as writer:
+def write(
+    folder: Path,
+    records: list[tuple[str, dict[str, bytes]]],
+    pattern: str = "train-%06d.tar",
+    **options: int,
+) -> list[Path]:
+    with ShardWriter(str(folder / pattern), **options) as writer:
         write_all(writer, records)
     assert writer.num_samples == len(records)
     return [Path(path) for path in writer.paths]
@@ -159,3 +164,5 @@ def test_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
         assert set(shards.counts) == {3}
         keys = [shards.read(i)[2] for i in range(len(shards))]
         assert keys == [f"{number:07d}" for number in range(len(shards))]
+        write(folder, RECORDS, pattern="%06d.tar", overwrite=True)
+        assert sorted(os.listdir(folder)) == ["000000.tar", "000000.tar.idx"]

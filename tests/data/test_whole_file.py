@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mmfusion.data.whole_file import write_whole
+
+
+def test_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.idx"
+    path.write_bytes(b"old")
+    with write_whole(str(path)) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.idx"]
+
+
+def test_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.idx"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), write_whole(str(path)) as file:
+        file.writelines([b"new", "text"])  # type: ignore[list-item]
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.idx"]
+
+
+def test_new_file_has_the_permissions_of_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with write_whole("a.idx") as file:
+        file.write(b"x")
+    (tmp_path / "b").touch()
+    assert stat.S_IMODE(os.stat("a.idx").st_mode) == stat.S_IMODE(os.stat("b").st_mode)
