@@ -150,3 +150,17 @@ def test_video_without_sound_says_so() -> None:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
         container.mux(stream.encode(None))
     assert reason(file.getvalue(), "mp4") == "no_audio_stream"
+
+
+@pytest.mark.parametrize("format", [*SOUNDFILE, "mp4", "webm"])
+def test_damage_gives_sound_or_a_data_error(format: str) -> None:
+    rng = np.random.default_rng(0)
+    sound = chirp(seconds=0.3)
+    data = written(sound, format=format) if format in SOUNDFILE else muxed(sound, 48000, format)
+    for _ in range(40):
+        broken = np.frombuffer(data, np.uint8).copy()
+        broken[rng.integers(0, min(len(data), 600), 5)] = rng.integers(0, 256, 5)
+        try:
+            assert decode_audio(broken.tobytes(), format, 16000, max_seconds=60).isfinite().all()
+        except DataError as error:
+            assert error.reason.endswith(("audio", "audio_stream"))  # noqa: PT017
