@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from mmfusion.data.converters.base import Converter
@@ -31,9 +32,10 @@ class Source:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read and convert a sample.
+        """Read and convert a sample; it carries its shard and key.
 
         Raises:
             DataError: for a record that cannot be used.
         """
-        return self.converter(*self.shards.read(index))
+        record, shard, key = self.shards.read(index)
+        return replace(self.converter(record, shard, key), shard=shard, key=key)

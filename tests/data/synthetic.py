@@ -53,7 +53,7 @@ class Words(Converter):
         text = Text(" ".join(f"w{(data['id'] + i) % WORDS}" for i in range(data["words"])))
         images = [Media("image", bytes(image), "bar") for image in data.get("images", [])]
         messages = [Message("user", tuple(images))] if images else []
-        return Sample((*messages, Message("assistant", (text,))), "plain", shard, key)
+        return Sample((*messages, Message("assistant", (text,))), "plain")
 
 
 def make_processor() -> Processor:

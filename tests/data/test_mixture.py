@@ -114,7 +114,8 @@ def test_epochs_see_each_sample_exactly_that_often(lanes, sizes):
 def test_half_an_epoch_sees_half_the_samples_once():
     order = GlobalOrder(["a", "b"], [60, 40], [1.0, 1.0], 8, 4, seed=0, epochs=0.5)
     seen = everything(order)
-    assert len(seen) == 50 and set(seen.values()) == {1}
+    assert len(seen) == 50
+    assert set(seen.values()) == {1}
 
 
 def test_endless_lanes_repeat_no_sample_before_its_epoch_is_over():
@@ -132,10 +133,11 @@ def test_a_source_of_one_sample_comes_once_an_epoch():
     order = GlobalOrder(["big", "one"], [100, 1], [0.999, 0.001], 8, 4, seed=0)
     refs = [ref for lane in range(8) for ref in order(lane, range(4000))]
     ones = sorted(ref.epoch for ref in refs if ref.source == "one")
-    assert ones == sorted(set(ones)) and 25 <= len(ones) <= 40
+    assert ones == sorted(set(ones))
+    assert 25 <= len(ones) <= 40
 
 
-@pytest.mark.parametrize("weights,epochs", [([1.0, 2.0], 1), ([1.0, 1.0], 0)])
+@pytest.mark.parametrize(("weights", "epochs"), [([1.0, 2.0], 1), ([1.0, 1.0], 0)])
 def test_epochs_with_weights_are_refused(weights, epochs):
     with pytest.raises(ValueError, match="equally often"):
         GlobalOrder(["a", "b"], [3, 4], weights, 2, 2, 0, epochs)

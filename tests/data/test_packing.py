@@ -30,7 +30,9 @@ def packer(all_costs, window=16, length=None, state=None) -> LanePacker:
 
     def plan(times):
         return [
-            bad(t) if all_costs[t % len(all_costs)] is None else item(t, all_costs[t % len(all_costs)])
+            bad(t)
+            if all_costs[t % len(all_costs)] is None
+            else item(t, all_costs[t % len(all_costs)])
             for t in times
         ]
 
