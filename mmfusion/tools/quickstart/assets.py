@@ -129,7 +129,7 @@ ASSETS = (
 )
 
 
-class UnavailableError(RuntimeError):
+class UnavailableError(OSError):
     """A package that cannot be had on this machine; the message says why."""
 
 

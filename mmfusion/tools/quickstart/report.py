@@ -1,0 +1,180 @@
+"""One self-contained HTML page about a quickstart run: curves, figures, samples with answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+from PIL import Image
+
+from mmfusion.tools.quickstart.figures import read_metrics, rows
+from mmfusion.types import Media, Message
+
+SHOWN = {
+    "talks-picture": 4,
+    "talks-speech": 4,
+    "talks-clip": 4,
+    "talks-both": 3,
+    "talks-film": 2,
+    "shapes": 4,
+}
+"""How many held-out samples of each source are shown."""
+
+STRIP_FRAMES, STRIP_SIZE = 5, 96
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A held-out sample as the page shows it."""
+
+    source: str
+    media: tuple[Media, ...]
+    question: str
+    answer: str
+    truth: str
+
+
+def write_report(
+    run: Path,
+    stage1: Path,
+    no_media: Path | None,
+    figures: dict[str, Any],
+    seconds: dict[str, float],
+) -> Path:
+    """Answer some held-out questions and write ``report.html`` into the run directory."""
+    curves = {"stage 1": stage1, "stage 3": run, **({"no media": no_media} if no_media else {})}
+    page = render(
+        title=run.name,
+        figures=figures,
+        seconds=seconds,
+        curves={
+            name: read_metrics(folder / "metrics.csv")["train/loss"]
+            for name, folder in curves.items()
+        },
+        shown=answered(run),
+    )
+    target = run / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def answered(run: Path) -> list[Shown]:
+    """Held-out questions with the model's own answers."""
+    from mmfusion.inference import load
+    from mmfusion.tools.quickstart.heldout import read_held_out, text_of
+    from mmfusion.tools.quickstart.measure import data_of
+
+    chosen = []
+    left = dict(SHOWN)
+    for source in data_of(run).val_sources.values():
+        for item in read_held_out(source):
+            if left.get(item.about["source"], 0):
+                left[item.about["source"]] -= 1
+                chosen.append(item)
+    chosen.sort(key=lambda item: list(SHOWN).index(item.about["source"]))
+    chat = load(run)
+    asked: list[list[Message]] = [list(item.sample.messages[:1]) for item in chosen]
+    answers = chat.generate(asked, max_new_tokens=32)
+    return [
+        Shown(
+            item.about["source"],
+            tuple(p for p in item.sample.messages[0].content if isinstance(p, Media)),
+            text_of(item.sample.messages[0]),
+            answer,
+            text_of(item.sample.messages[1]),
+        )
+        for item, answer in zip(chosen, answers, strict=True)
+    ]
+
+
+def render(
+    title: str,
+    figures: dict[str, Any],
+    seconds: dict[str, float],
+    curves: dict[str, Sequence[tuple[int, float]]],
+    shown: Sequence[Shown],
+) -> str:
+    """The page. Whatever comes from data is escaped."""
+    environment = Environment(
+        loader=PackageLoader("mmfusion.tools.quickstart", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+    )
+    environment.filters["show"] = show
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        rows=list(rows(figures)),
+        training=figures["training"],
+        memory=figures["memory_gib"],
+        seconds=seconds,
+        curves=Markup(draw_curves(curves)),
+        shown=shown,
+    )
+
+
+def draw_curves(curves: dict[str, Sequence[tuple[int, float]]]) -> str:
+    """Loss by step as one SVG element."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
+    for axis, (name, points) in zip(axes, curves.items(), strict=False):
+        steps, losses = [step for step, _ in points], [loss for _, loss in points]
+        axis.plot(steps, losses, color="#9bb", linewidth=0.8)
+        axis.plot(steps, smooth(losses), color="#147", linewidth=1.6)
+        axis.set(title=name, xlabel="step", ylabel="loss (nats a token)")
+        axis.grid(alpha=0.3)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
+    """Exponential mean, without the pull of its start."""
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
+        out.append(mean / weight)
+    return out
+
+
+def show(media: Media) -> Markup:
+    """A media item as HTML that needs no other file."""
+    if media.modality == "image":
+        kind = "jpeg" if media.format == "jpg" else media.format
+        return Markup('<img src="{}" alt="picture">').format(_data_url(f"image/{kind}", media.data))
+    if media.modality == "audio":
+        url = _data_url(f"audio/{media.format}", media.data)
+        return Markup('<audio controls src="{}"></audio>').format(url)
+    return Markup('<img class="strip" src="{}" alt="frames">').format(
+        _data_url("image/jpeg", frame_strip(media.data))
+    )
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def frame_strip(data: bytes) -> bytes:
+    """Frames of a clip side by side, evenly spread."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    picked = [
+        frames[round(i * (len(frames) - 1) / (STRIP_FRAMES - 1))] for i in range(STRIP_FRAMES)
+    ]
+    strip = Image.new("RGB", (STRIP_FRAMES * STRIP_SIZE, STRIP_SIZE), "white")
+    for place, frame in enumerate(picked):
+        strip.paste(frame.resize((STRIP_SIZE, STRIP_SIZE)), (place * STRIP_SIZE, 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
