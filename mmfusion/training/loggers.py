@@ -188,6 +188,7 @@ class RunWandb(WandbLogger):
         super().__init__(
             name=self._run_dir.name, save_dir=str(self._run_dir), id=run_id, project=project
         )
+        self._wandb_init.pop("anonymous", None)  # has no effect but a warning
         self._choice, self._attempt, self._timeout = choice, attempt, timeout
 
     @property

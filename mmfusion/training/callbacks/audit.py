@@ -1,4 +1,8 @@
-"""Before step 1: what trains, printed and logged, and a refusal of what cannot be meant."""
+"""Before step 1: what trains, printed and logged; after the first backward pass, whether it can.
+
+What cannot be meant (nothing trains, a policy that matches nothing, new tokens neither trained nor
+loaded) the module refuses while it is built.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from dataclasses import asdict, astuple, fields
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmfusion import tuning
 from mmfusion.training.loggers import wandb_of
@@ -17,21 +20,17 @@ log = logging.getLogger(__name__)
 
 
 class Audit(L.Callback):
-    """Prints part, class, parameters, trainable, dtype and rate; fails where nothing trains, a policy
-    matched nothing, new tokens neither train nor were loaded, or, after the first backward pass, a
-    trainable parameter reached no loss.
+    """Prints part, class, parameters, trainable, dtype and rate; fails where a trainable parameter
+    reached no loss.
     """
 
     def __init__(self) -> None:
         self._reached = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the table before anything is spent."""
-        module = cast(MultimodalModule, pl_module)
-        prefix = "model."
-        loaded = {name.removeprefix(prefix) for name in module.inherited}
-        table = tuning.audit(module.model, module.groups, loaded)
-        rank_zero_info(f"\n{table}\n")
+        """Show the table before anything is spent."""
+        table = cast(MultimodalModule, pl_module).audit
+        assert table is not None
         log.info("what trains:\n%s", table)
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
             columns = [field.name for field in fields(table.rows[0])]

@@ -29,11 +29,12 @@ class RunInterrupted(SystemExit):
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves the run every ``every_n_steps`` optimizer steps, at its end and when it is asked to stop.
+    """Saves the run every ``every_n_steps`` optimizer steps, at its end and when it is asked to
+    stop.
 
     Each checkpoint is a file of its own, ``checkpoints/step-00000100.ckpt``; the small file
-    ``latest`` names the newest and moves after it is complete; old ones go after that. A first Ctrl-C
-    (or SIGTERM) finishes the step, saves and stops; a second stops at once.
+    ``latest`` names the newest and moves after it is complete; old ones go after that. A first
+    Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second stops at once.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
