@@ -145,7 +145,8 @@ class LoRA(Policy):
         layers = _linear_layers(part)
         if self.targets == "all-linear":
             heads = [m.get_output_embeddings() for m in _pretrained(part)]
-            found = [key for key, module in layers.items() if all(module is not h for h in heads)]
+            skip = {module for head in heads if head is not None for module in head.modules()}
+            found = [key for key, module in layers.items() if module not in skip]
             missed = [] if found else ["all-linear"]
         elif isinstance(self.targets, str):
             found = [key for key in layers if re.fullmatch(self.targets, key)]
@@ -189,6 +190,11 @@ class NewTokens(Policy):
             if not model.config.get_text_config().tie_word_embeddings:
                 tables.append(model.get_output_embeddings())
             names = [key for key, m in model.named_modules() if any(m is t for t in tables)]
+            if odd := [type(t).__name__ for t in tables if _parameters_with("lora_", t)]:
+                raise TuningError(
+                    f"tuning.{name}: LoRA and NewTokens both act on {names} ({odd}), which PEFT "
+                    "cannot combine; leave embeddings and output head out of LoRA's targets."
+                )
             config = TrainableTokensConfig(token_indices=ids, target_modules=names)
             inject_adapter_in_model(config, model)
         rows = _in_fp32(_parameters_with("trainable_tokens_delta", part))

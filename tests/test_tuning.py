@@ -77,7 +77,8 @@ def test_only_the_added_rows_train(tmp_path: Path, tied: bool, with_lora: bool) 
     model = tiny_model(tmp_path, {"image": MLP}, new_tokens=["[A]", "[B]"])
     new = model.llm.new_token_ids
     old = [index for index in range(60) if index not in new]
-    policies = [LoRA(1e-3, r=2)] * with_lora + [NewTokens(0.5, weight_decay=0.1)]
+    policies = [NewTokens(0.5, weight_decay=0.1)] + [LoRA(1e-3, r=2)] * with_lora
+    policies = policies[::-1] if tied else policies  # in either order
     tables = ("get_input_embeddings", "get_output_embeddings")
     before = [getattr(model.llm.model, name)().weight.detach().clone() for name in tables]
     groups = tuning.apply(model, {**FULL, "llm": policies})
@@ -160,6 +161,14 @@ def test_new_tokens_policy_without_new_tokens_is_refused(tmp_path: Path) -> None
     for part in ("llm", "input_projectors"):
         with pytest.raises(TuningError, match="finds no new tokens"):
             tuning.apply(model, {part: NewTokens(1e-3)})
+
+
+def test_lora_and_new_tokens_on_the_same_head_are_refused(tmp_path: Path) -> None:
+    save_llm(tmp_path, tie_word_embeddings=False)
+    model = tiny_model(tmp_path, {"image": MLP}, new_tokens=["[A]"])
+    policies = [LoRA(1e-3, r=2, targets=["lm_head"]), NewTokens(1e-3)]
+    with pytest.raises(TuningError, match="which PEFT cannot combine"):
+        tuning.apply(model, {"llm": policies})
 
 
 def test_a_parameter_claimed_twice_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Attention over samples laid end to end, exact: no token sees another sample, and no mask of size
 T x T is made.
 
-Registered with transformers as ``varlen_sdpa``. Called with ``cu_seq_lens_q`` it runs causal
-attention inside each sample, samples of similar length together; without it (generation with a
-cache) it is transformers' own ``sdpa``.
+Registered with transformers as ``varlen`` (a name without "sdpa": transformers refuses those for
+families whose soft-capped attention torch does not have, but this one does). Called with
+``cu_seq_lens_q`` it runs causal attention inside each sample, samples of similar length together;
+without it (generation with a cache) it is transformers' own ``sdpa``.
 Legend: B rows, H heads, G key/value heads, T tokens, E width of a head.
 """
 
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "varlen_sdpa"
+NAME = "varlen"
 SHORT = 256
 """Up to this length plain products beat torch's CPU kernel, whose backward pass is slow on short
 spans (measured: 2.6 times a whole step's at 20 tokens).
@@ -46,18 +47,14 @@ def varlen_sdpa(
     Returns:
         (B, T, H, E) and no attention weights.
     """
+    if cu_seq_lens_q is None and softcap:
+        if (mask := attention_mask) is None:
+            mask = _mask(key.shape[2], None, query.device)[-query.shape[2] :]
+        output = _products(query, key, value, mask, scaling, dropout, softcap)
+        return output.transpose(1, 2).contiguous(), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            **({"softcap": softcap} if softcap is not None else {}),
-            **kwargs,
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if unknown := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(
@@ -144,13 +141,27 @@ def _causal(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+    mask = _mask(length, window, query.device)
+    return _products(query, key, value, mask, scaling, dropout, softcap)
+
+
+def _products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention by plain products, (B, H, T, E); ``mask`` is True where a token may look."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_mask(length, window, query.device), -torch.inf)
+    scores = scores.masked_fill(~mask, -torch.inf)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
     return weights @ value
 

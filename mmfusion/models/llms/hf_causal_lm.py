@@ -94,17 +94,17 @@ class HFCausalLM(LLM):
     def build(self, pretrained: bool = True) -> None:
         if self.model is not None:
             return
-        implementation = self.attention
-        if implementation == "auto":
+        flash = self.attention == "flash_attention_2"
+        if self.attention == "auto":
             flash = torch.cuda.is_available() and is_flash_attn_2_available()
-            implementation = "flash_attention_2" if flash else "varlen_sdpa"
+        implementation = "flash_attention_2" if flash else varlen.NAME
         options = {"dtype": self.dtype, "attn_implementation": implementation}
         self.model = self._load(options) if pretrained else self._random(options)
         if self.new_tokens:
             self._add_rows()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        _check_head(self)
+        _check(self)
 
     def _load(self, options: dict[str, Any]) -> Any:
         if "gguf_file" in self._source:
@@ -190,21 +190,38 @@ def _rows(table: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _check_head(llm: HFCausalLM) -> None:
-    """Compare :meth:`HFCausalLM.logits` with the family's own on one token: a family that scales
-    its logits in a way unknown here must not train on a wrong loss.
+def _check(llm: HFCausalLM) -> None:
+    """Two tokens tell whether the family does what is assumed of it: an unknown scaling of the
+    logits, or packed samples that see each other, would train on a wrong loss without a word.
     """
     weight = llm.model.get_output_embeddings().weight
-    if weight.is_meta or weight.numel() == 0 or hasattr(weight, "ds_id"):
-        return  # no values here (sharded or on the meta device)
-    ids = torch.tensor([[1]], device=weight.device)
+    flash = llm.model.config._attn_implementation != varlen.NAME
+    if weight.is_meta or weight.numel() == 0 or hasattr(weight, "ds_id") or flash:
+        return  # no values here (meta device, sharded), or a kernel that needs the GPU
     training = llm.model.training
     llm.model.eval()
-    family = llm.model(input_ids=ids, use_cache=False).logits.float()
-    own = llm.logits(llm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    tokens = [index for index in range(3) if index != llm.model.config.pad_token_id][:2]
+    ids = torch.tensor([tokens], device=weight.device)  # a pad token's row is zero
+    family = llm.model(input_ids=ids[:, 1:], use_cache=False).logits[0, 0]
+    borders = torch.tensor([0, 1, 2])
+    hidden = llm(llm.embed(ids), torch.zeros_like(ids), borders)[0, 1]
+    alone = llm(llm.embed(ids[:, 1:]), torch.zeros_like(ids[:, 1:]), None)[0, 0]
+    own = llm.logits(alone)
     llm.model.train(training)
-    if not torch.allclose(own, family, rtol=1e-2, atol=1e-2):
+    name = type(llm.model).__name__
+    if _distance(own, family) > 0.05:
         raise NotImplementedError(
-            f"{type(llm.model).__name__} computes its logits in a way HFCausalLM.logits does not "
-            f"know (they differ by {(own - family).abs().max():.3g}); add its scaling there."
+            f"{name} computes its logits in a way HFCausalLM.logits does not know (relative "
+            f"difference {_distance(own, family):.3g}); add its scaling there."
         )
+    if _distance(hidden, alone) > 0.05:
+        raise NotImplementedError(
+            f"{name} lets packed samples see each other (relative difference "
+            f"{_distance(hidden, alone):.3g}): its attention ignores the sample borders. Take "
+            "another family, or teach mmfusion.models.llms.attention this one."
+        )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Relative difference of two vectors; far more than rounding in bf16 where a family differs."""
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6))

@@ -1,0 +1,224 @@
+"""HFCausalLM: families, packing, loading and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GlmConfig,
+    GPT2Config,
+    GraniteConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mmfusion.models.llms.hf_causal_lm import HFCausalLM
+from mmfusion.paths import cache_dir
+from tests.models.tiny import llama_config, save_llm
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": llama_config(),
+    "qwen2": Qwen2Config(**SIZE),
+    "qwen3": Qwen3Config(**SIZE, head_dim=8),
+    "mistral_window": MistralConfig(**SIZE, sliding_window=3),
+    "gemma2": Gemma2Config(
+        **SIZE,
+        head_dim=8,
+        sliding_window=3,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=2.0,
+    ),
+    "gemma3": Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=3),
+    "granite": GraniteConfig(**SIZE, logits_scaling=4.0),
+    "cohere": CohereConfig(**SIZE, logit_scale=0.25),
+    "glm": GlmConfig(**SIZE, head_dim=8),
+    "phi3": Phi3Config(**SIZE),
+    "gpt2": GPT2Config(
+        vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+    ),
+    "opt": OPTConfig(
+        vocab_size=60,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        init_std=0.3,
+        pad_token_id=2,
+    ),
+}
+LENGTHS = [5, 1, 9, 6]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_equal_the_familys_own_on_each_sample(tmp_path: Path, family: str) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, FAMILIES[family]))
+    llm.build()
+    llm.eval()
+    # Gemma 2 caps its attention logits, which only eager attention does for it.
+    options = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    torch.manual_seed(0)
+    samples = [torch.randint(3, 40, (length,)) for length in LENGTHS]
+    places = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    with torch.no_grad():
+        logits = llm.logits(llm(llm.embed(torch.cat(samples)[None]), places, cu))[0]
+        expected = [reference(sample[None], use_cache=False).logits[0] for sample in samples]
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    path, gradients = save_llm(tmp_path), []
+    for checkpointing in (False, True):
+        llm = HFCausalLM(path, gradient_checkpointing=checkpointing)
+        llm.build()
+        llm.train()
+        embeds = llm.embed(torch.arange(3, 13)[None]).detach().requires_grad_()
+        places = torch.arange(5).repeat(2)[None]
+        llm(embeds, places, torch.tensor([0, 5, 10])).square().sum().backward()
+        gradients.append([embeds.grad, llm.model.model.layers[0].mlp.up_proj.weight.grad])
+    torch.testing.assert_close(*gradients)
+
+
+def test_generation_with_a_cache_goes_on_as_full_recomputation(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path))
+    llm.build()
+    ids = torch.tensor([[5, 6, 7]])
+    found = llm.model.generate(
+        inputs_embeds=llm.embed(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+    )[0].tolist()
+    sequence = ids[0].tolist()
+    for _ in range(5):
+        embeds = llm.embed(torch.tensor([sequence]))
+        hidden = llm(embeds, torch.arange(len(sequence))[None], None)
+        sequence.append(int(llm.logits(hidden)[0, -1].argmax()))
+    assert found == sequence[3:]
+
+
+def test_ids_beyond_the_table_are_embedded_as_anything(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path))
+    llm.build()
+    embeds = llm.embed(torch.tensor([[5, 1000, 6]]))
+    assert torch.equal(embeds[0, [0, 2]], llm.embed(torch.tensor([[5, 6]]))[0])
+
+
+def test_width_and_tokenizer_are_known_before_the_weights(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path), new_tokens=["[A]", "[B]"])
+    assert llm.hidden_dim == 32
+    assert llm.tokenizer()("w0 [B]")["input_ids"] == [5, 41]
+    assert llm.tokenizer() is llm.tokenizer()
+    assert llm.new_token_ids == [40, 41]
+    assert llm.model is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_dtype_is_as_asked(tmp_path: Path, dtype: str) -> None:
+    path = save_llm(tmp_path)
+    AutoModelForCausalLM.from_pretrained(path).bfloat16().save_pretrained(path)
+    for pretrained in (True, False):
+        llm = HFCausalLM(path, dtype=dtype)
+        llm.build(pretrained)
+        expected = torch.float32 if dtype == "float32" else torch.bfloat16
+        assert {p.dtype for p in llm.parameters()} == {expected}
+
+
+def test_a_missing_weight_is_refused_by_name(tmp_path: Path) -> None:
+    path = save_llm(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj\.weight"):
+        HFCausalLM(path).build()
+
+
+def test_tied_heads_are_not_missing(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, tie_word_embeddings=True))
+    llm.build()
+    assert llm.model.get_output_embeddings().weight is llm.model.get_input_embeddings().weight
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; it holds \['notes\.txt'\]"):
+        HFCausalLM(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no model\.gguf"):
+        HFCausalLM(str(tmp_path), gguf_file="model.gguf")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        HFCausalLM(str(tmp_path / "absent"))
+
+
+def test_a_new_token_that_is_not_new_is_refused(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path), new_tokens=["w1"])
+    with pytest.raises(ValueError, match=r"new_tokens \['w1'\] are in the vocabulary"):
+        llm.tokenizer()
+
+
+def test_an_unknown_scaling_of_the_logits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, GraniteConfig(**SIZE, logits_scaling=4.0)))
+    monkeypatch.setattr(type(llm), "logits", lambda self, h: self.model.lm_head(h))
+    with pytest.raises(NotImplementedError, match="computes its logits in a way"):
+        llm.build()
+
+
+def test_attention_that_ignores_the_borders_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = HFCausalLM(save_llm(tmp_path))
+    everything = torch.tensor([0, 2])
+    monkeypatch.setattr(
+        type(llm),
+        "_borders",
+        lambda self, embeds, cu: {} if cu is None else {"cu_seq_lens_q": everything},
+    )
+    with pytest.raises(NotImplementedError, match="packed samples see each other"):
+        llm.build()
+
+
+@pytest.mark.slow
+def test_real_smollm2_packs_exactly() -> None:
+    folder = cache_dir() / "weights" / "smollm2-135m-instruct"
+    if not (folder / "config.json").exists():
+        pytest.skip(f"no weights in {folder}; `mmfusion quickstart` fetches them")
+    llm = HFCausalLM(str(folder))
+    llm.build()
+    texts = ["The cat sat on the mat.", "Paris is the capital of France", "One two three four"]
+    samples = [torch.tensor(llm.tokenizer()(text)["input_ids"]) for text in texts]
+    lengths = [len(sample) for sample in samples]
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        hidden = llm(
+            llm.embed(torch.cat(samples)[None]), places, torch.tensor([0, *lengths]).cumsum(0)
+        )
+        found = llm.logits(hidden)[0].split(lengths)
+        for sample, logits in zip(samples, found, strict=True):
+            expected = llm.model(sample[None], use_cache=False).logits[0]
+            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    assert llm.tokenizer().decode(found[2][-1].argmax()).strip() == "five"
