@@ -11,14 +11,13 @@ import io
 import math
 from typing import Any
 
-import av
 import numpy as np
 import soundfile
 import soxr
 import torch
 from torch import Tensor
 
-from mmfusion.processing.containers import open_container, start_seconds
+from mmfusion.processing.containers import DAMAGE, open_container, start_seconds
 from mmfusion.types import DataError
 
 MAX_SECONDS = 3600.0
@@ -143,7 +142,7 @@ def _pyav_seconds(data: bytes, format: str) -> float:
                 if packet.pts is not None
             ]
             return max(ends, default=0.0) - start_seconds(stream)
-    except (av.FFmpegError, EOFError) as error:
+    except DAMAGE as error:
         raise _corrupt(format, error) from error
 
 
@@ -180,7 +179,7 @@ def _read_pyav(data: bytes, format: str, start: float, seconds: float) -> tuple[
                 if offset >= round(seconds * rate):
                     break
                 pieces.append(_to_float(frame)[max(-offset, 0) :])
-    except (av.FFmpegError, EOFError) as error:
+    except DAMAGE as error:
         raise _corrupt(format, error) from error
     if not pieces:
         raise _corrupt(format, "no frame decodes")
@@ -214,7 +213,10 @@ def _fit(mono: Array, length: int, rate: int, format: str) -> Array:
 def _sound_stream(container: Any, format: str) -> Any:
     if not container.streams.audio:
         raise DataError("no_audio_stream", f"the {format} file holds no sound.")
-    return container.streams.audio[0]
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise _corrupt(format, "no decoder for it")
+    return stream
 
 
 def _check_layout(channels: int, rate: int) -> None:

@@ -19,11 +19,17 @@ FORMATS = (
 """FFmpeg's names of the formats that may be opened."""
 
 
+DAMAGE = (av.FFmpegError, EOFError, IndexError)
+"""What reading a broken file raises (PyAV: IndexError for a packet of a stream that turned up after
+opening).
+"""
+
+
 def open_container(data: bytes) -> Any:
     """Open a media file held in memory; a context manager.
 
     Raises:
-        av.FFmpegError: for data in no allowed format.
+        DAMAGE: for data in no allowed format.
     """
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     return av.open(io.BytesIO(data), options=options, metadata_errors="replace")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfusion.processing.containers import open_container
+from mmfusion.processing.containers import DAMAGE, open_container
 from mmfusion.types import DataError
 
 MAX_PIXELS = 50_000_000
@@ -161,7 +161,7 @@ def _opened(data: bytes, format: str) -> Iterator[tuple[Any, Any]]:
     try:
         with open_container(data) as container:
             yield container, _film(container, format)
-    except (av.FFmpegError, EOFError) as error:
+    except DAMAGE as error:
         raise _corrupt(format, error) from error
 
 
