@@ -1,8 +1,8 @@
 """The ``mmfusion`` command.
 
 ``fit``, ``validate``, ``test`` and ``predict`` take a recipe (``mmfusion.training.command``); the
-other commands are functions of ``mmfusion.tools`` whose signature and docstring are their options and
-help. Nothing heavy is imported before a command is known.
+other commands are functions of ``mmfusion.tools`` whose signature and docstring are their options
+and help. Nothing heavy is imported before a command is known.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
-        _fail(name, str(error), 1)
+        _fail(name, str(error), getattr(error, "exit_code", 1))
 
 
 def usage() -> str:
@@ -78,8 +78,8 @@ def usage() -> str:
     lines += [f"  {name:<14} {text}" for name, text in helps.items()]
     lines += [
         "",
-        "mmfusion COMMAND --help shows the options; mmfusion fit -c RECIPE --print_config the whole",
-        f"recipe. Errors are one message; --traceback (or {TRACEBACK}=1) shows where they came from.",
+        "mmfusion COMMAND --help shows the options, mmfusion fit -c RECIPE --print_config the",
+        f"whole recipe. Errors are one message; --traceback (or {TRACEBACK}=1) shows where from.",
     ]
     return "\n".join(lines)
 

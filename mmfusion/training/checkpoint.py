@@ -1,8 +1,8 @@
 """What a checkpoint keeps, and how it is read and written.
 
 It keeps what cannot be downloaded again: what trains now, and what an earlier stage trained though
-it is frozen now. So a checkpoint of stage 1 is as small as its projectors. Everything in it is plain
-tensors, numbers and strings: loading one from a stranger runs no code.
+it is frozen now. So a checkpoint of stage 1 is as small as its projectors. Everything in it is
+plain tensors, numbers and strings: loading one from a stranger runs no code.
 """
 
 from __future__ import annotations

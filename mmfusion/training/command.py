@@ -7,28 +7,32 @@ import json
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
+from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
+from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.resume import complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
+
+log = logging.getLogger(__name__)
 
 RESUME_FROM = "MMFUSION_RESUME_FROM"
 """How rank 0 tells the processes it starts which checkpoint it chose."""
@@ -63,6 +67,8 @@ class RecipeParser(LightningArgumentParser):
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used."""
 
+    exit_code = 2
+
 
 class RecipeCommand(LightningCLI):
     """One command over one recipe.
@@ -81,7 +87,7 @@ class RecipeCommand(LightningCLI):
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"prog": f"mmfusion {name}".strip()},
+            parser_kwargs={"prog": f"mmfusion {name}".strip(), "allow_abbrev": False},
             parser_class=RecipeParser,
             args=list(args),
             run=False,
@@ -117,7 +123,7 @@ class RecipeCommand(LightningCLI):
             help="how long a rank waits for the others before the run fails",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.add_lightning_class_args(Validation, "validation")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then fill in the run directory."""
@@ -135,13 +141,10 @@ class RecipeCommand(LightningCLI):
         given = dict(config.trainer)
         given["default_root_dir"] = config.run_dir
         given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
-        given["logger"] = given.get("logger") if isinstance(given.get("logger"), list) else False
+        given["logger"] = self._own_loggers() or False
         callbacks = _as_list(given.get("callbacks"))
-        if self.name == "fit":
-            progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            defaults = [StreamStateCallback(), Audit(), progress, config.checkpoint]
-            kinds = {type(callback) for callback in callbacks}
-            callbacks += [callback for callback in defaults if type(callback) not in kinds]
+        kinds = {type(callback) for callback in callbacks}
+        callbacks += [c for c in self._default_callbacks() if type(c) not in kinds]
         given["enable_checkpointing"] = self.name == "fit"
         given["callbacks"] = callbacks
         if config.val_every_n_steps:
@@ -150,6 +153,16 @@ class RecipeCommand(LightningCLI):
         if isinstance(given.get("strategy"), str) and hasattr(trainer.strategy, "_timeout"):
             trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
         return trainer
+
+    def _default_callbacks(self) -> list[L.Callback]:
+        """Those of the command; one of the same class in ``trainer.callbacks`` takes its place."""
+        config, found = self.config_init, []
+        if self.name == "fit":
+            progress = RunProgress(self.recipe(), config.val_every_n_steps)
+            found = [StreamStateCallback(), Audit(), Monitor(), progress, config.checkpoint]
+        if self.name in ("fit", "validate"):
+            found.append(config.validation)
+        return found
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain values."""
@@ -162,18 +175,18 @@ class RecipeCommand(LightningCLI):
     def fit(self) -> None:
         """Train, from the newest checkpoint where there is one."""
         run, recipe = RunDirectory(self.config.run_dir), self.recipe()
-        leads = rank_zero_only.rank == 0
+        leads = _rank() == 0
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
         start = self._agree(run)
         step = int(read_checkpoint(start, "meta")["global_step"]) if start else 0
-        rank_zero_info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
+        log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         with run.open(recipe) if leads else nullcontext() as attempt:
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
                 attempt.step = step
             self._progress().attempt = attempt
-            if not isinstance(self.config_init.trainer.get("logger"), list):
+            if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
 
@@ -204,12 +217,10 @@ class RecipeCommand(LightningCLI):
         run = RunDirectory(self.config.run_dir)
         start = self._agree(run)
         if start is None:
-            rank_zero_info(
-                f"{run.path} has no checkpoint; using the parts as the recipe makes them"
-            )
+            log.info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
             return
         self.model.restore(start)
-        rank_zero_info(f"weights of {start}")
+        log.info(f"weights of {start}")
 
     def _agree(self, run: RunDirectory) -> Path | None:
         """The checkpoint to start from; rank 0 chooses for all.
@@ -217,9 +228,9 @@ class RecipeCommand(LightningCLI):
         Processes that Lightning starts are told by the environment, those of torchrun or Slurm
         through the process group.
         """
-        if rank_zero_only.rank != 0 and RESUME_FROM in os.environ:
+        if _rank() != 0 and RESUME_FROM in os.environ:
             return Path(chosen) if (chosen := os.environ[RESUME_FROM]) else None
-        start = find(run.path, self.config.resume) if rank_zero_only.rank == 0 else None
+        start = find(run.path, self.config.resume) if _rank() == 0 else None
         chosen = str(start) if start else ""
         if self._started_from_outside():
             self.trainer.strategy.setup_environment()
@@ -233,11 +244,16 @@ class RecipeCommand(LightningCLI):
         return cluster is not None and cluster.creates_processes_externally
 
     def _progress(self) -> RunProgress:
-        return next(c for c in self.trainer.callbacks if isinstance(c, RunProgress))
+        return next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, RunProgress))
+
+    def _own_loggers(self) -> list[Any]:
+        """Loggers named in the recipe; they take the place of ours."""
+        given = self.config_init.trainer.get("logger")
+        return [] if given in (None, True, False) else _as_list(given)
 
     def _loggers(self, run: RunDirectory, attempt: int) -> list[Any]:
         config = self.config
-        leads = rank_zero_only.rank == 0
+        leads = _rank() == 0
         return default_loggers(
             run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
         )
@@ -245,12 +261,12 @@ class RecipeCommand(LightningCLI):
 
 def show_messages() -> None:
     """Our log messages and no noise: on rank 0 from INFO, on the others warnings."""
-    log = logging.getLogger("mmfusion")
-    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
-    if not log.handlers:
+    ours = logging.getLogger("mmfusion")
+    ours.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+    if not ours.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        ours.addHandler(handler)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
 
@@ -284,22 +300,37 @@ def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalMod
 
 
 def with_suggestion(message: str, keys: Sequence[str]) -> str:
-    """A parser's message, and the known key that is closest to the one it names."""
-    named = re.findall(r"""['"`]?-{0,2}([A-Za-z_][\w.-]*)['"`]?""", message)
-    known = set(keys)
-    for name in named:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, keys, 1, cutoff=0.75)
-        if close:
-            return f"{message.strip()}\nDid you mean {close[0]!r}?"
-    return message.strip()
+    """A parser's message and, where it names an unknown key or class, the closest known one."""
+    message = message.strip()
+    if "Did you mean" in message:
+        return message
+    close: list[str] = []
+    for match in re.finditer(r"[Oo]ption '([\w.]+)'|arguments?: -*([\w.]+)", message):
+        name = match[1] or match[2]
+        close += difflib.get_close_matches(name, keys, 1) or difflib.get_close_matches(
+            name.split(".")[0], keys, 1
+        )
+    for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        classes = {
+            key.lower(): key
+            for key, value in vars(sys.modules[module]).items()
+            if getattr(value, "__module__", "") == module
+        }
+        found = difflib.get_close_matches(name.lower(), classes, 1)
+        close += [classes[key] for key in found]
+    return f"{message}\nDid you mean {close[0]!r}?" if close else message
 
 
 def known_keys(parser: LightningArgumentParser) -> list[str]:
-    """Every key of a recipe, whole and by its last name."""
+    """Every key of a recipe: whole, and its first and last name."""
     whole = [action.dest for action in parser._actions]
-    return sorted({*whole, *(key.rsplit(".", 1)[-1] for key in whole)})
+    ends = {part for key in whole for part in (key.split(".")[0], key.split(".")[-1])}
+    return sorted({*whole, *ends})
+
+
+def _rank() -> int:
+    """This process's rank, as the launcher's environment says before the process group is made."""
+    return int(cast(Any, rank_zero_only).rank)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,13 +1,15 @@
 """The one LightningModule of all stages: parts, tuning, objectives, optimizer.
 
 A stage is a recipe; a loss is an objective; a behaviour is a callback. What is here is what every
-stage does: build the parts, say what trains, load what an earlier stage trained, sum the objectives.
+stage does: build the parts, say what trains, load what an earlier stage trained, sum the
+objectives.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -51,14 +53,14 @@ class MultimodalModule(L.LightningModule):
         input_projectors: input projector of each modality; the widths are filled in.
         llm: the LLM backbone.
         objectives: the losses, summed by their weights.
-        tuning: for each part (``llm``, ``input_projectors``, ``encoders.image``, ...) how it trains;
-            a part that is not named is frozen.
+        tuning: for each part (``llm``, ``input_projectors``, ``encoders.image``, ...) how it
+            trains; a part that is not named is frozen.
         optimizer: made with the parameter groups of the tuning policies.
         schedule: learning rate by optimizer step.
         init_from: an earlier run (or one of its checkpoints) whose trained weights this one starts
             from.
         compile: compile the LLM with torch.compile.
-        seed: of new weights and of dropout. The command takes it from ``seed_everything``.
+        seed: of new weights and of dropout; None takes ``seed_everything``.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class MultimodalModule(L.LightningModule):
         schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
         init_from: str | None = None,
         compile: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not objectives:
@@ -84,13 +86,15 @@ class MultimodalModule(L.LightningModule):
         self.schedule = schedule
         self.init_from = init_from
         self.compile_llm = compile
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.inherited: set[str] = set()
         """Names of the weights that came from an earlier stage; checkpoints keep them."""
         self.strict_loading = False  # on_load_checkpoint is stricter: it knows what must be there
         self.groups: list[tune.ParamGroup] = []
         """The optimizer's groups, once the model is built."""
-        self._built = False
+        self.audit: tune.AuditTable | None = None
+        """What trains; made before the optimizer."""
+        self._built = self._fitting = False
         self._step_targets = torch.zeros((), dtype=torch.int64)
         self._step_losses: dict[str, Tensor] = {}
         self._step_samples: list[BatchSample] = []
@@ -98,7 +102,7 @@ class MultimodalModule(L.LightningModule):
     # ---- building
 
     def configure_model(self) -> None:
-        """Build the parts, apply the tuning, load the earlier stage. The second call does nothing."""
+        """Build the parts, apply the tuning, load the earlier stage; once."""
         if self._built:
             return
         with torch.random.fork_rng():
@@ -110,6 +114,9 @@ class MultimodalModule(L.LightningModule):
         if self.compile_llm:
             self.model.llm.compile(dynamic=True)
         self._built = True
+        if self._fitting:
+            loaded = {name.removeprefix("model.") for name in self.inherited}
+            self.audit = tune.audit(self.model, self.groups, loaded)
 
     def _load_earlier(self, init_from: str) -> None:
         path = complete_checkpoint(init_from, "model.init_from")
@@ -121,7 +128,8 @@ class MultimodalModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Split each optimizer step into this world's micro-batches."""
-        if stage == "fit":
+        self._fitting = stage == "fit"
+        if self._fitting:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.trainer.accumulate_grad_batches = data.micro_batches_per_step(
                 self.trainer.world_size
@@ -173,10 +181,11 @@ class MultimodalModule(L.LightningModule):
             parts = {name: float(value) for name, value in self._step_losses.items()}
             raise FloatingPointError(
                 f"the loss of optimizer step {self.global_step} is not finite ({parts}) on rank "
-                f"{self.global_rank}; no weight was changed by this step. Lower the learning rate, set "
-                f"trainer.gradient_clip_val, or look at its samples:\n  {shown}"
+                f"{self.global_rank}; no weight was changed by this step. Lower the learning rate, "
+                f"set trainer.gradient_clip_val, or look at its samples:\n  {shown}"
             )
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every = max(1, cast(Any, self.trainer).log_every_n_steps)
+        if (self.global_step + 1) % every == 0:
             names = list(self._step_losses)
             sums = torch.stack([self._step_losses[name] for name in names])
             sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
@@ -260,7 +269,8 @@ class MultimodalModule(L.LightningModule):
         load_kept(self, state, str(path))
 
     def check_names(self, there: set[str]) -> None:
-        """Refuse a checkpoint that lacks a weight that trains here, or holds one with no place here.
+        """Refuse a checkpoint that lacks a weight that trains here, or holds one with no place
+        here.
 
         Args:
             there: names of the checkpoint's tensors.
@@ -272,8 +282,8 @@ class MultimodalModule(L.LightningModule):
             )
         if surplus := sorted(there - set(self.state_dict())):
             raise ValueError(
-                f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It was "
-                "made with other parts or another model.tuning."
+                f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It "
+                "was made with other parts or another model.tuning."
             )
 
 

@@ -27,8 +27,8 @@ def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "aut
 
     Args:
         run_dir: the run directory.
-        mode: ``auto`` starts at step 0 where there is none, ``must`` fails, ``none`` always starts at
-            step 0; anything else is the path of a checkpoint.
+        mode: ``auto`` starts at step 0 where there is none, ``must`` fails, ``none`` always starts
+            at step 0; anything else is the path of a checkpoint.
 
     Raises:
         FileNotFoundError: ``must`` without a checkpoint, or the given path is not there.
@@ -40,7 +40,7 @@ def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "aut
         return complete_checkpoint(mode, "--resume")
     folder = Path(run_dir) / FOLDER
     candidates = by_step(folder)
-    reasons = []
+    reasons: list[str] = []
     for path in reversed(candidates):
         defect = why_incomplete(path)
         if defect is None:
@@ -50,13 +50,13 @@ def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "aut
         reasons.append(f"{path.name}: {defect}")
     if reasons:
         raise ValueError(
-            f"none of the {len(reasons)} checkpoints in {folder} is complete ({'; '.join(reasons)}). "
-            "Restore one, or start over with --resume none."
+            f"none of the {len(reasons)} checkpoints in {folder} is complete "
+            f"({'; '.join(reasons)}). Restore one, or start over with --resume none."
         )
     if mode == "must":
         raise FileNotFoundError(
-            f"--resume must, but {folder} has no checkpoint (step-*.ckpt). Check --run_dir, or start "
-            "with --resume auto."
+            f"--resume must, but {folder} has no checkpoint (step-*.ckpt). Check --run_dir, or "
+            "start with --resume auto."
         )
     return None
 
@@ -106,8 +106,8 @@ def complete_checkpoint(path: str | Path, asked_by: str) -> Path:
     if path.is_dir():
         if (found := find(path, "auto")) is None:
             raise FileNotFoundError(
-                f"{asked_by} {path}: the run has no checkpoint ({path / FOLDER}/step-*.ckpt). Train it "
-                "until its first checkpoint, or name another run."
+                f"{asked_by} {path}: the run has no checkpoint ({path / FOLDER}/step-*.ckpt). "
+                "Train it until its first checkpoint, or name another run."
             )
         return found
     if not path.is_file():

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -40,6 +42,7 @@ NOT_THE_RECIPE = ("run_dir", "resume", "allow_recipe_change", "config", "ckpt_pa
 
 FREE_KEYS = (
     "checkpoint",
+    "validation",
     "val_every_n_steps",
     "wandb",
     "wandb_project",
@@ -107,8 +110,13 @@ class RunDirectory:
             )
 
     def open(self, recipe: Mapping[str, Any]) -> Attempt:
-        """Write the recipe and begin the next attempt (on rank 0 only)."""
+        """Write the recipe and begin the next attempt (on rank 0 only).
+
+        Raises:
+            ValueError: where another process is writing this run.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
         for torn in self.checkpoints.glob(UNFINISHED):
             torn.unlink()
         if not self.identity.exists():
@@ -119,9 +127,24 @@ class RunDirectory:
         replace_text(self.config, text)
         return Attempt(self)
 
+    def _lock(self) -> None:
+        """Hold the run until this process ends. (A record lock: loader processes do not inherit it,
+        so a killed run is free at once.)
+        """
+        self._locked = (self.path / ".lock").open("w")
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise ValueError(
+                f"another process is writing {self.path} ({self.status()}); stop it, or use another "
+                "--run_dir."
+            ) from None
+
     def set_aside(self, after_step: int, attempt: Attempt) -> None:
-        """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that no
-        later resume mixes them with this attempt's.
+        """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that
+        no later resume mixes them with this attempt's.
         """
         newer = [p for p in by_step(self.checkpoints) if _step(p) > after_step]
         for path in newer:
@@ -225,8 +248,8 @@ class RunProgress(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the recipe; set the validation interval."""
         if self.val_every_n_steps:
-            splits = trainer.accumulate_grad_batches
-            trainer.val_check_interval = self.val_every_n_steps * splits  # type: ignore[attr-defined]
+            interval = self.val_every_n_steps * trainer.accumulate_grad_batches
+            trainer.val_check_interval = interval  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.log_hyperparams(self.recipe)
 

@@ -37,8 +37,8 @@ class WarmupCosine:
         """
         if total_steps <= 0:
             raise ValueError(
-                f"the learning rate falls over the whole run, but trainer.max_steps is {total_steps}: "
-                "set trainer.max_steps to the number of optimizer steps."
+                f"the learning rate falls over the whole run, but trainer.max_steps is "
+                f"{total_steps}: set trainer.max_steps to the number of optimizer steps."
             )
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= total_steps:
             raise ValueError(

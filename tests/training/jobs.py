@@ -36,14 +36,18 @@ def run(args: Sequence[str], log: Path, **options: object) -> int | None:
     return process.exitcode
 
 
-def run_ranks(args: Sequence[str], log: Path, world: int) -> list[int | None]:
-    """Run as ``torchrun --nproc-per-node=WORLD`` does; the exit codes."""
+def run_ranks(
+    args: Sequence[str], log: Path, world: int, last_rank: Sequence[str] = ()
+) -> list[int | None]:
+    """Run as ``torchrun --nproc-per-node=WORLD`` does; the exit codes. ``last_rank`` are arguments
+    of the last rank alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
         start(
-            args,
+            [*args, *last_rank] if rank == world - 1 else args,
             log.with_suffix(f".{rank}"),
             {
                 "RANK": str(rank),

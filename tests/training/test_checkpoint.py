@@ -19,7 +19,8 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        self.projector = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False))
+        norms = nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)
+        self.projector = nn.Sequential(nn.Linear(4, 4), *norms)
         self.encoder.requires_grad_(False)
 
 
@@ -35,7 +36,8 @@ def test_kept_are_trainable_weights_and_the_statistics_beside_them():
 def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
     table = torch.zeros(100_000, 8)
     path = tmp_path / "step-00000001.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": kept_state({"rows": table[-2:]}, ["rows"])}, path)
+    kept = kept_state({"rows": table[-2:]}, ["rows"])
+    AtomicCheckpointIO().save_checkpoint({"state_dict": kept}, path)
     assert path.stat().st_size < 10_000
     assert read_checkpoint(path)["state_dict"]["rows"].shape == (2, 8)
 

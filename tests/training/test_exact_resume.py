@@ -1,5 +1,6 @@
 """A killed run goes on bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -32,8 +33,12 @@ def whole(home, recipe):
 
 
 def options(home, recipe, name):
-    recorder = f'[{{"class_path": "tests.training.tiny.Recorder", "init_args": {{"folder": "{home}/{name}-packs"}}}}]'
-    return ["fit", "-c", str(recipe), f"--run_dir={home}/{name}", f"--trainer.callbacks={recorder}"]
+    recorder = {
+        "class_path": "tests.training.tiny.Recorder",
+        "init_args": {"folder": f"{home}/{name}-packs"},
+    }
+    run = ["fit", "-c", str(recipe), f"--run_dir={home}/{name}"]
+    return [*run, f"--trainer.callbacks={json.dumps([recorder])}"]
 
 
 def run_to_end(home, recipe, name, *more):
@@ -89,6 +94,7 @@ def test_killed_at_a_random_step_twice_goes_on_bit_for_bit(home, recipe, whole):
     assert attempts == ["0001", "0002", "0003"]
 
 
+@pytest.mark.slow
 def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
     run_to_end(home, recipe, "torn", "--trainer.max_steps=12")
     newest = find(home / "torn")
@@ -112,7 +118,9 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_for_bit(home, recipe, wh
     assert run_to_end(home, recipe, "ctrl-c") == whole
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(home, recipe, whole):
     for workers in (1, 3):
-        assert run_to_end(home, recipe, f"workers{workers}", f"--data.num_workers={workers}") == whole
-        assert steps(home / f"workers{workers}-packs") == steps(home / "whole-packs")
+        name = f"workers{workers}"
+        assert run_to_end(home, recipe, name, f"--data.num_workers={workers}") == whole
+        assert steps(home / f"{name}-packs") == steps(home / "whole-packs")

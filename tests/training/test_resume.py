@@ -73,7 +73,7 @@ def test_modes(tmp_path):
 
 
 def test_a_path_that_is_not_there_names_the_option_that_gave_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model.init_from"):
+    with pytest.raises(FileNotFoundError, match=r"model\.init_from"):
         complete_checkpoint(tmp_path / "nowhere", "model.init_from")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint"):
         complete_checkpoint(tmp_path, "model.init_from")

@@ -28,10 +28,13 @@ def test_warmup_defaults_to_three_percent():
     assert WarmupCosine().factor(29, 1000) == 1.0
 
 
-@pytest.mark.parametrize(("schedule", "total", "named"), [
-    (WarmupCosine(), -1, "trainer.max_steps"),
-    (WarmupCosine(warmup_steps=30), 20, "warmup_steps"),
-])
+@pytest.mark.parametrize(
+    ("schedule", "total", "named"),
+    [
+        (WarmupCosine(), -1, "trainer.max_steps"),
+        (WarmupCosine(warmup_steps=30), 20, "warmup_steps"),
+    ],
+)
 def test_a_run_without_an_end_or_shorter_than_its_warmup_is_refused(schedule, total, named):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match=named):

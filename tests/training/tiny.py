@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import yaml
 from mmfusion.cli import main
 from mmfusion.data.converters.base import Converter
 from mmfusion.data.writer import ShardWriter
+from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.projectors.base import Projector
+from mmfusion.objectives.base import Loss
+from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.run import RunDirectory
-from mmfusion.types import Batch, Media, Message, Sample, Text
+from mmfusion.types import Batch, Media, Message, ModelOutput, Sample, Text
 from tests.models.tiny import save_llm
 
 TINY = "tests.models.tiny"
@@ -83,6 +87,20 @@ class DropoutProjector(Projector):
         return self.linear(self.dropout(features_NFD))
 
 
+class NotANumber(NextToken):
+    """Next token, until it is NaN."""
+
+    def __init__(self, from_step: int) -> None:
+        super().__init__()
+        self.from_step, self.calls = from_step, 0
+
+    def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
+        loss = super().forward(model, output, batch)
+        self.calls += 1
+        broken = self.calls > self.from_step
+        return replace(loss, total=loss.total * float("nan")) if broken else loss
+
+
 def write_shards(folder: Path, name: str, samples: int, media: str = "image", seed: int = 0) -> str:
     """Samples of 3 to 20 words; two of three have an item of one of ``media``."""
     draw = random.Random(seed)
@@ -126,9 +144,14 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
                 "class_path": "mmfusion.models.llms.hf_causal_lm.HFCausalLM",
                 "init_args": {"path": str(folder / "llm")},
             },
-            "objectives": {"next_token": {"class_path": "mmfusion.objectives.next_token.NextToken"}},
+            "objectives": {
+                "next_token": {"class_path": "mmfusion.objectives.next_token.NextToken"}
+            },
             "tuning": {
-                "input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}},
+                "input_projectors": {
+                    "class_path": "mmfusion.tuning.Full",
+                    "init_args": {"lr": 1e-2},
+                },
                 "llm": {
                     "class_path": "mmfusion.tuning.LoRA",
                     "init_args": {"r": 2, "lr": 1e-2, "dropout": 0.2},
@@ -138,7 +161,11 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         },
         "data": {
             "sources": {
-                "train": {"shards": str(folder / "train-*.tar"), "converter": converter, "weight": 2},
+                "train": {
+                    "shards": str(folder / "train-*.tar"),
+                    "converter": converter,
+                    "weight": 2,
+                },
                 "words": {"shards": str(folder / "words-*.tar"), "converter": converter},
             },
             "pack_tokens": 64,

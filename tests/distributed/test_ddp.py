@@ -1,0 +1,174 @@
+"""Two processes over gloo train as one."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from mmfusion.training.resume import by_step, find
+from mmfusion.training.run import RunDirectory
+from tests.training import jobs
+from tests.training.tiny import losses, recorded, steps, write_recipe
+
+DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def recipe(home):
+    return write_recipe(home, trainer__max_steps=8, checkpoint__every_n_steps=4)
+
+
+def arguments(home, recipe, name, *more):
+    """A run directory and a record of packs under ``name``."""
+    recorder = {
+        "class_path": "tests.training.tiny.Recorder",
+        "init_args": {"folder": f"{home}/{name}-packs"},
+    }
+    run = ["fit", "-c", str(recipe), f"--run_dir={home}/{name}"]
+    return [*run, f"--trainer.callbacks={json.dumps([recorder])}", *more]
+
+
+def one(home, recipe, name, *more):
+    code = jobs.run(arguments(home, recipe, name, *more), home / f"{name}.log")
+    assert code == 0, (home / f"{name}.log").read_text()
+    return curve(home / name)
+
+
+def two(home, recipe, name, *more):
+    codes = jobs.run_ranks(arguments(home, recipe, name, *DDP, *more), home / f"{name}.log", 2)
+    assert codes == [0, 0], "".join(p.read_text() for p in home.glob(f"{name}.[01]"))
+    return curve(home / name)
+
+
+def curve(run):
+    return {step: float(loss) for step, loss in losses(RunDirectory(run)).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(home, recipe):
+    """One process: four packs a step in two micro-batches of two."""
+    return one(home, recipe, "alone")
+
+
+@pytest.fixture(scope="module")
+def together(home, recipe):
+    """Two processes: one micro-batch each."""
+    return two(home, recipe, "together")
+
+
+def test_two_processes_see_the_same_packs_and_the_same_losses_as_one(home, alone, together):
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(alone) == 8
+    assert steps(home / "together-packs") == steps(home / "alone-packs")
+    micro_batches = {
+        world: max(len(rows) for rows in _by_step_and_rank(home / name).values())
+        for world, name in ((1, "alone-packs"), (2, "together-packs"))
+    }
+    assert micro_batches == {1: 2, 2: 1}
+
+
+def _by_step_and_rank(folder):
+    groups = {}
+    for row in recorded(folder):
+        groups.setdefault((row["step"], row["rank"]), []).append(row)
+    return groups
+
+
+def test_both_world_sizes_end_with_the_same_weights(home, alone, together):
+    a, b = (torch.load(find(home / name), weights_only=True) for name in ("alone", "together"))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, tensor in a["state_dict"].items():
+        torch.testing.assert_close(tensor, b["state_dict"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [pytest.param(one, two, marks=pytest.mark.slow), (two, one)]
+)
+def test_a_run_goes_on_with_another_number_of_processes(home, recipe, alone, first, then):
+    name = f"{first.__name__}-then-{then.__name__}"
+    first(home, recipe, name)
+    (home / name / "checkpoints" / "step-00000008.ckpt").unlink()
+    packs = home / f"{name}-packs"
+    for path in packs.iterdir():
+        path.unlink()
+    assert then(home, recipe, name) == pytest.approx(alone, abs=1e-5)
+    whole = steps(home / "alone-packs")
+    assert steps(packs) == {step: whole[step] for step in range(4, 8)}
+    assert [p.name for p in by_step(home / name / "checkpoints")][-1] == "step-00000008.ckpt"
+
+
+def test_a_rank_without_media_does_not_hang_and_changes_nothing(home):
+    second = {"class_path": "tests.models.tiny.TinyEncoder", "init_args": {"modality": "audio"}}
+    image = {"class_path": "tests.models.tiny.TinyEncoder"}
+    projector = {"class_path": "mmfusion.models.projectors.linear.Linear"}
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=8,
+        model__encoders={"image": image, "audio": second},
+        model__input_projectors={"image": projector, "audio": projector},
+        data__sources__train__weight=1,
+        data__sources__words__weight=6,
+        data__packs_per_step=2,
+        data__packs_per_micro_batch=1,
+        data__pack_tokens=32,
+    )
+    assert two(home, recipe, "idle-two") == pytest.approx(one(home, recipe, "idle-one"), abs=1e-5)
+    rows = recorded(home / "idle-two-packs")
+    idle = [["image" in row["idle"] for row in rows if row["step"] == step] for step in range(8)]
+    assert [True, False] in idle or [False, True] in idle, "one rank has pictures, the other none"
+    assert all("audio" in row["idle"] for row in rows), "no rank ever hears anything"
+
+
+@pytest.mark.slow
+def test_rank_0_chooses_the_checkpoint_for_all(home, recipe, alone):
+    """The other rank looks into an empty folder, as a slow network disk may show it."""
+    shutil.copytree(home / "alone", home / "leads")
+    (home / "leads" / "checkpoints" / "step-00000008.ckpt").unlink()
+    args = arguments(home, recipe, "leads", *DDP)
+    assert jobs.run_ranks(args, home / "leads.log", 2, [f"--run_dir={home}/empty"]) == [0, 0]
+    assert curve(home / "leads") == pytest.approx(alone, abs=1e-5)
+    assert min(row["step"] for row in recorded(home / "leads-packs")) == 4
+
+
+def test_the_timeout_reaches_the_strategy():
+    """The private field that timeout_minutes sets is still there."""
+    assert hasattr(DDPStrategy(), "_timeout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_processes_change_nothing_on_two_ranks(home, recipe, alone, workers):
+    name = f"workers{workers}"
+    found = two(home, recipe, name, f"--data.num_workers={workers}")
+    assert found == pytest.approx(alone, abs=1e-5)
+    assert steps(home / f"{name}-packs") == steps(home / "alone-packs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [sys.executable, "-m", "mmfusion"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+         "-m", "mmfusion"],
+    ],
+    ids=["lightning", "torchrun"],
+)  # fmt: skip
+def test_real_launchers_start_resume_and_end(home, recipe, alone, launcher, request):
+    name = request.node.callspec.id
+    command = [*launcher, *arguments(home, recipe, name, *DDP)]
+    for step in (8, 4):
+        done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert curve(home / name) == pytest.approx(alone, abs=1e-5)
+        (home / name / "checkpoints" / f"step-{step:08d}.ckpt").unlink(missing_ok=True)
+    assert len(list((home / name / "attempts").iterdir())) == 2

@@ -1,0 +1,129 @@
+"""The command line: what it says about mistakes, and what it does not import."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from mmfusion.cli import TOOLS, from_recipe, load_module, main, usage
+from tests.training.tiny import write_recipe
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def recipe(home):
+    return write_recipe(home)
+
+
+def fails(capsys, *args):
+    """The exit code and what was printed to stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return stop.value.code, error
+
+
+def test_help_lists_every_command_without_importing_torch():
+    code = "import sys, mmfusion.cli as c; c.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in ("fit", "validate", "test", "predict", *TOOLS):
+        assert f"  {name}" in done.stdout
+    assert done.stdout.strip() == usage()
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [(["fitt"], "'fit'"), (["data"], "'data at-step'"), (["data", "biuld"], "'data build'")],
+)
+def test_an_unknown_command_gets_a_suggestion(args, hint, capsys):
+    code, error = fails(capsys, *args)
+    assert code == 2
+    assert "there is no command" in error
+    assert hint in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named", "hint"),
+    [
+        ("trainr__max_steps", 3, "trainr.max_steps", "trainer.max_steps"),
+        ("run_dirr", "x", "run_dirr", "run_dir"),
+        ("model__tunin__llm", "x", "tunin.llm", "tuning"),
+        ("model__llm__init_args__paht", "x", "paht", "path"),
+        ("data__sources__train__wieght", 2, "wieght", "weight"),
+        ("model__tuning__llm", {"class_path": "mmfusion.tuning.Lora"}, "Lora", "LoRA"),
+    ],
+)
+def test_a_wrong_key_in_a_recipe_is_named_with_a_suggestion(home, key, value, named, hint, capsys):
+    code, error = fails(capsys, "fit", "-c", write_recipe(home, **{key: value}))
+    assert code == 2
+    assert f"'{named}'" in error or f".{named}" in error
+    assert f"Did you mean '{hint}'?" in error
+
+
+def test_a_shortened_option_is_not_guessed(recipe, capsys):
+    code, error = fails(capsys, "fit", "-c", recipe, "--trainer.max_step=3")
+    assert code == 2
+    assert "Did you mean 'trainer.max_steps'?" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--data.pack_tokens=many"], "data.pack_tokens"),
+        (["--resume=must", "--run_dir=nowhere"], "--resume must"),
+        (["--resume=nowhere.ckpt"], "no such file"),
+        (["--model.init_from=nowhere"], "model.init_from nowhere: no such file"),
+        (["--model.llm.init_args.path=/nowhere"], "/nowhere"),
+        (["--data.sources.train.shards=nowhere/*.tar"], "nowhere"),
+        (["--checkpoint.keep_last=1"], "keep_last"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps"),
+    ],
+)
+def test_a_mistake_is_one_message(recipe, args, said, tmp_path, capsys):
+    code, error = fails(capsys, "fit", "-c", recipe, f"--run_dir={tmp_path}/run", *args)
+    assert code in (1, 2)
+    assert said in error
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path, capsys):
+    assert "nowhere.yaml" in fails(capsys, "fit", "-c", "nowhere.yaml")[1]
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
+    assert "line 2" in fails(capsys, "fit", "-c", tmp_path / "bad.yaml")[1]
+
+
+def test_traceback_is_shown_where_it_is_asked_for(recipe):
+    with pytest.raises(FileNotFoundError):
+        main(["fit", "--traceback", "-c", str(recipe), "--resume=must"])
+
+
+def test_print_config_can_be_run_again(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(recipe), "--data.seed=5", "--print_config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    module, data = from_recipe(str(tmp_path / "printed.yaml"))
+    assert yaml.safe_load(text)["data"]["seed"] == data.seed == 5
+    assert module.seed == 0
+
+
+def test_from_recipe_reads_no_weights_and_no_shards(recipe):
+    module, data = from_recipe(str(recipe), ["--data.sources.train.shards=nowhere/*.tar"])
+    assert module.model.llm.model is None
+    assert list(data.sources) == ["train", "words"]
+
+
+def test_from_recipe_raises_for_a_wrong_override(recipe):
+    with pytest.raises(ValueError, match="pack_tokens"):
+        from_recipe(str(recipe), ["--data.pack_token=5"])
+
+
+def test_load_module_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a run directory"):
+        load_module(tmp_path)

@@ -1,0 +1,177 @@
+"""Stages, what a checkpoint keeps, and what is refused, through the command."""
+
+import json
+
+import pytest
+import torch
+
+from mmfusion.cli import load_module, main
+from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.resume import by_step, find
+from tests.training.tiny import HERE, fit, losses, write_recipe
+
+PROJECTORS = {"input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}}
+LORA = {"llm": {"class_path": "mmfusion.tuning.LoRA", "init_args": {"r": 2, "lr": 1e-2}}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def stage1(home):
+    recipe = write_recipe(home, trainer__max_steps=4, model__tuning=PROJECTORS)
+    return fit(recipe, f"--run_dir={home}/stage1")
+
+
+@pytest.fixture(scope="module")
+def stage2(home, stage1):
+    recipe = write_recipe(
+        home, trainer__max_steps=4, model__tuning=LORA, model__init_from=str(stage1.path)
+    )
+    return fit(recipe, f"--run_dir={home}/stage2")
+
+
+def state(run):
+    return read_checkpoint(find(run.path))["state_dict"]
+
+
+def projector_of(state):
+    return {name: tensor for name, tensor in state.items() if "input_projectors" in name}
+
+
+def refused(capsys, recipe, *options):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(recipe), *options])
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_a_checkpoint_of_stage_1_holds_the_projector_and_nothing_else(stage1):
+    assert set(state(stage1)) == {
+        "model.input_projectors.image.linear.weight",
+        "model.input_projectors.image.linear.bias",
+    }
+
+
+def test_stage_2_keeps_the_projector_of_stage_1_though_it_is_frozen(stage1, stage2):
+    earlier, later = state(stage1), state(stage2)
+    kept = projector_of(later)
+    assert kept.keys() == earlier.keys()
+    assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
+    others = set(later) - set(kept)
+    assert others
+    assert all("lora_" in name for name in others)
+
+
+def test_a_resumed_stage_2_still_keeps_the_projector(home, stage1, stage2):
+    recipe = write_recipe(
+        home, trainer__max_steps=6, model__tuning=LORA, model__init_from=str(stage1.path)
+    )
+    run = fit(recipe, f"--run_dir={stage2.path}", "--allow_recipe_change")
+    assert find(run.path).name == "step-00000006.ckpt"
+    kept, earlier = projector_of(state(run)), state(stage1)
+    assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
+
+
+def test_a_run_is_loaded_from_its_folder_alone(stage1, stage2, home):
+    (stage1.path).rename(home / "elsewhere")
+    try:
+        module = load_module(stage2.path)
+    finally:
+        (home / "elsewhere").rename(stage1.path)
+    loaded = module.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state(stage2).items())
+    with pytest.raises(FileNotFoundError):
+        load_module(stage2.path, step=999)
+
+
+def test_init_from_of_a_run_without_checkpoint_is_refused(home, capsys, tmp_path):
+    recipe = write_recipe(home, model__init_from=str(tmp_path))
+    error = refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+    assert "model.init_from" in error
+    assert "no checkpoint" in error
+
+
+def test_init_from_with_another_projector_is_refused(home, stage1, capsys, tmp_path):
+    other = {"image": {"class_path": "mmfusion.models.projectors.mlp.MLP"}}
+    recipe = write_recipe(home, model__init_from=str(stage1.path), model__input_projectors=other)
+    assert "none of the 2 weights" in refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+
+
+AUDIT = [
+    ({}, "", "nothing trains"),
+    ({"llm": {"class_path": "mmfusion.tuning.Frozen"}}, "", "nothing trains"),
+    (
+        {
+            "llm": {
+                "class_path": "mmfusion.tuning.LoRA",
+                "init_args": {"lr": 1, "targets": ["nope"]},
+            }
+        },
+        "",
+        "nope",
+    ),
+    ({**PROJECTORS, "encoders.audio": PROJECTORS["input_projectors"]}, "", "encoders.audio"),
+    (PROJECTORS, '--model.llm.init_args.new_tokens=["<IMG0>"]', "new tokens"),
+]
+
+
+@pytest.mark.parametrize(("tuning", "option", "said"), AUDIT)
+def test_the_audit_refuses(home, tuning, option, said, capsys, tmp_path):
+    recipe = write_recipe(home, model__tuning=tuning)
+    options = [f"--run_dir={tmp_path}/run", *([option] if option else [])]
+    assert said in refused(capsys, recipe, *options)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_part_that_trains_but_reaches_no_loss_is_refused(home, capsys, tmp_path):
+    part = {"class_path": "mmfusion.models.projectors.learned_tokens.LearnedTokens"}
+    encoder = {"encoders.image": PROJECTORS["input_projectors"]}
+    recipe = write_recipe(
+        home, model__tuning={**PROJECTORS, **encoder}, model__input_projectors={"image": part}
+    )
+    error = refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+    assert "reach no loss" in error
+    assert "encoders.image" in error
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(home, capsys, tmp_path):
+    broken = {"class_path": f"{HERE}.NotANumber", "init_args": {"from_step": 3}}
+    recipe = write_recipe(
+        home, model__objectives={"next_token": broken}, checkpoint__every_n_steps=1
+    )
+    error = refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+    assert "optimizer step 1 is not finite" in error
+    assert "train00" in error or "words00" in error
+    assert [p.name for p in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001.ckpt"]
+
+
+def test_validation_counts_optimizer_steps_and_the_other_commands_use_the_run(
+    home, tmp_path, capsys
+):
+    converter = {"class_path": f"{HERE}.TinyConverter"}
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=4,
+        val_every_n_steps=2,
+        data__val_sources={"val": {"shards": f"{home}/val-*.tar", "converter": converter}},
+    )
+    options = ["-c", str(recipe), f"--run_dir={tmp_path}/run"]
+    run = fit(recipe, options[-1])
+    with (run.path / "metrics.csv").open() as file:
+        header = file.readline().strip().split(",")
+        rows = [dict(zip(header, line.strip().split(","), strict=True)) for line in file]
+    validated = {int(float(r["trainer/global_step"])): r["val/loss"] for r in rows if r["val/loss"]}
+    assert sorted(validated) == [1, 3]
+    assert len(losses(run)) == 4
+    main(["validate", *options])
+    main(["test", *options])
+    capsys.readouterr()
+    main(["predict", *options])
+    written = [json.loads(line) for line in (run.path / "predictions.jsonl").open()]
+    assert len(written) == 12
+    total = sum(row["next_token"] for row in written)
+    tokens = sum(row["next_token_tokens"] for row in written)
+    assert total / tokens == pytest.approx(float(validated[3]), rel=1e-5)

@@ -1,0 +1,118 @@
+import json
+
+import pytest
+import yaml
+
+from mmfusion.training.checkpoint import FOLDER
+from mmfusion.training.run import RunDirectory
+from tests.training import jobs
+
+RECIPE = {"trainer": {"max_steps": 10, "devices": 1}, "data": {"seed": 0, "num_workers": 1}}
+
+
+def with_checkpoint(run, *steps):
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        (run.checkpoints / f"step-{step:08d}.ckpt").write_bytes(b"x")
+    return run
+
+
+def status(run):
+    return {key: run.status()[key] for key in ("state", "step", "attempt", "reason")}
+
+
+def test_the_id_is_the_same_in_every_attempt(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.open(RECIPE) as first:
+        identity = run.id
+    with run.open(RECIPE) as second:
+        assert (first.number, second.number) == (1, 2)
+        assert run.id == identity
+    assert yaml.safe_load(run.config.read_text()) == {"run_dir": str(run.path), **RECIPE}
+    assert json.loads(run.identity.read_text())["versions"]["torch"]
+
+
+def test_status_follows_the_attempt(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.open(RECIPE) as attempt:
+        assert status(run) == {"state": "running", "step": 0, "attempt": 1, "reason": ""}
+        attempt.progress(3, every_seconds=0)
+        assert status(run)["step"] == 3
+    assert status(run)["state"] == "finished"
+
+
+def test_an_error_is_the_reason_and_in_the_log(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(ValueError, match="broken"), run.open(RECIPE) as attempt:
+        raise ValueError("broken")
+    assert status(run)["state"] == "failed"
+    assert status(run)["reason"] == "ValueError: broken"
+    assert "Traceback" in (attempt.path / "log.txt").read_text()
+
+
+def test_ctrl_c_is_an_interruption(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run.open(RECIPE):
+        raise KeyboardInterrupt
+    assert status(run)["state"] == "interrupted"
+
+
+def test_a_changed_recipe_is_refused_with_the_keys(tmp_path):
+    run = with_checkpoint(RunDirectory(tmp_path), 1)
+    with run.open(RECIPE):
+        pass
+    changed = {"trainer": {"max_steps": 20, "devices": 1}, "data": {"seed": 1, "num_workers": 1}}
+    with pytest.raises(ValueError, match=r"(?s)data.seed: 0 -> 1.*trainer.max_steps: 10 -> 20"):
+        run.check_recipe(changed)
+    run.check_recipe(changed, allow_change=True)
+
+
+def test_machine_and_logging_may_change(tmp_path):
+    run = with_checkpoint(RunDirectory(tmp_path), 1)
+    with run.open(RECIPE):
+        pass
+    run.check_recipe(
+        {"trainer": {"max_steps": 10, "devices": 8}, "data": {"seed": 0, "num_workers": 4}}
+    )
+
+
+def test_before_the_first_checkpoint_any_recipe_may_start(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.open(RECIPE):
+        pass
+    run.check_recipe({"trainer": {"max_steps": 99}})
+
+
+def test_checkpoints_beyond_the_start_are_set_aside_not_mixed(tmp_path):
+    run = with_checkpoint(RunDirectory(tmp_path), 2, 4, 6)
+    with run.open(RECIPE) as attempt:
+        run.set_aside(2, attempt)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000002.ckpt"]
+    aside = attempt.path / "earlier_checkpoints"
+    assert sorted(p.name for p in aside.iterdir()) == ["step-00000004.ckpt", "step-00000006.ckpt"]
+
+
+def open_elsewhere(path, answer):
+    try:
+        RunDirectory(path).open(RECIPE)
+    except ValueError as error:
+        answer.put(str(error))
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    with RunDirectory(tmp_path).open(RECIPE):
+        answer = jobs.CONTEXT.SimpleQueue()
+        process = jobs.CONTEXT.Process(target=open_elsewhere, args=(tmp_path, answer))
+        process.start()
+        process.join()
+        assert not answer.empty()
+        assert "another process is writing" in answer.get()
+
+
+def test_torn_files_of_a_killed_save_are_removed(tmp_path):
+    run = RunDirectory(tmp_path)
+    torn = tmp_path / FOLDER / ".step-00000002.ckpt.1-ab.tmp"
+    torn.parent.mkdir()
+    torn.write_bytes(b"x")
+    with run.open(RECIPE):
+        assert not torn.exists()
