@@ -158,7 +158,7 @@ def test_table_of_samples_goes_to_wandb_with_its_media(tmp_path: Path, assets: P
     loggers[1].finalize("success")
     staged = [path.read_bytes() for path in (tmp_path / "wandb/data/artifacts/staging").iterdir()]
     parsed = [json.loads(data) for data in staged if data.lstrip().startswith(b"{")]
-    (table,) = [found for found in parsed if "columns" in found]
+    table, *_ = [found for found in parsed if "columns" in found]
     assert table["columns"] == ["step", "source", *files, "prompt", "answer", "truth"]
     kinds = [[cell and cell["_type"] for cell in row[2:5]] for row in table["data"]]
     assert kinds == [
