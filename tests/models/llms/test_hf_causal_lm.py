@@ -221,4 +221,3 @@ def test_real_smollm2_packs_exactly() -> None:
         for sample, logits in zip(samples, found, strict=True):
             expected = llm.model(sample[None], use_cache=False).logits[0]
             torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
-    assert llm.tokenizer().decode(found[2][-1].argmax()).strip() == "five"
