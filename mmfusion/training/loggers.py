@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import configparser
 import csv
+import io
 import os
 import re
 import threading
@@ -63,7 +64,7 @@ def default_loggers(
 
 
 class MetricsCSV(Logger):
-    """Appends every call's metrics as a row of ``metrics.csv``.
+    """Appends metrics to ``metrics.csv``, a row a step.
 
     Rows are never lost: a resumed run appends, a new metric adds a column (the file is then
     rewritten aside and renamed). After a crash the steps since the checkpoint are logged again,
@@ -79,6 +80,8 @@ class MetricsCSV(Logger):
         self.path = Path(run_dir) / "metrics.csv"
         self.attempt = attempt
         self._columns: list[str] | None = None
+        self._last: dict[str, Any] | None = None
+        self._offset = 0
 
     @property
     def name(self) -> str:
@@ -94,6 +97,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a row at once; what is logged for the step of the last row goes into that row."""
         row: dict[str, Any] = {
             STEP: step,
             ATTEMPT: self.attempt,
@@ -101,10 +105,22 @@ class MetricsCSV(Logger):
         }
         if self._columns is None:
             self._columns = self._open()
+        merges = self._last is not None and self._last[STEP] == step
+        if merges and self._last is not None:
+            row = {**self._last, **row}
         if new := [key for key in row if key not in self._columns]:
-            self._grow(new)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+            self._grow(new, without_last=merges)
+            merges = False
+        with self.path.open("r+b") as file:
+            self._offset = file.seek(*((self._offset, os.SEEK_SET) if merges else (0, os.SEEK_END)))
+            file.write(self._line(row))
+            file.truncate()
+        self._last = row
+
+    def _line(self, row: Mapping[str, Any]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns or (), lineterminator="\n").writerow(row)
+        return text.getvalue().encode()
 
     def _open(self) -> list[str]:
         """Columns of the file so far; a row torn by a kill is cut off."""
@@ -117,8 +133,9 @@ class MetricsCSV(Logger):
         with self.path.open(newline="", encoding="utf-8") as file:
             return next(csv.reader(file), [])
 
-    def _grow(self, new: list[str]) -> None:
+    def _grow(self, new: list[str], without_last: bool) -> None:
         rows = _complete_rows(self.path) if self.path.exists() else []
+        rows = rows[:-1] if without_last else rows
         self._columns = [*(self._columns or []), *new]
         aside = self.path.with_name(".metrics.csv.tmp")
         with aside.open("w", newline="", encoding="utf-8") as file:

@@ -40,6 +40,19 @@ def test_csv_appends_over_resumes_and_grows_columns(tmp_path: Path) -> None:
     assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [2.0, 1.5, 1.25]
 
 
+def test_csv_merges_what_is_logged_for_one_step(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"a": 1.0, "b": 0.125}, step=0)
+    logger.log_metrics({"a": 2.0}, step=1)
+    logger.log_metrics({"b": 0.25}, step=1)
+    logger.log_metrics({"c": 3.0}, step=1)
+    logger.log_metrics({"a": 4.0, "c": 1}, step=2)
+    logger.log_metrics({"c": 12345.0}, step=2)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    values = [[row.get(key) for key in "abc"] for row in rows]
+    assert values == [[1.0, 0.125, None], [2.0, 0.25, 3.0], [4.0, None, 12345.0]]
+
+
 def test_csv_row_torn_by_a_kill_is_cut_off(tmp_path: Path) -> None:
     MetricsCSV(tmp_path).log_metrics({"a": 1.5, "b": 2.5}, step=1)
     path = tmp_path / "metrics.csv"

@@ -79,7 +79,9 @@ class Monitor(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
             if trainer.global_step % _every(trainer) == 0:
-                pl_module.log_dict(self._report(trainer, pl_module))
+                report = self._report(trainer, pl_module)
+                for logger in trainer.loggers:  # some ms less than Lightning's own log
+                    logger.log_metrics(report, step=trainer.global_step - 1)
                 self._restart_window()
         self._idle_since = time.perf_counter()
 
