@@ -97,8 +97,8 @@ def strangers(items: Sequence[HeldOut], count: int) -> list[list[int]]:
 
 
 def blank(media: Media) -> Media:
-    """Nothing to see or hear, in the same modality: a white picture, a white clip, silence of the
-    same length.
+    """Nothing to see or hear, in the same modality: a white picture, a white clip, near silence
+    of the same length.
     """
     if media.modality == "audio":
         return Media("audio", _silence(_seconds(media.data)), "wav")
@@ -112,7 +112,9 @@ def _seconds(data: bytes) -> float:
 
 def _silence(seconds: float) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.zeros(int(seconds * 16_000), np.float32), 16_000, format="WAV")
+    # All zeros are refused as silent media; this is below the last bit of most recordings.
+    faint = 1e-4 * np.random.default_rng(0).standard_normal(int(seconds * 16_000))
+    soundfile.write(buffer, faint, 16_000, format="WAV")
     return buffer.getvalue()
 
 

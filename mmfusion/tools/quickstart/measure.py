@@ -110,7 +110,7 @@ def _remembering(forward: Callable[[MediaTensors], Tensor]) -> Callable[[MediaTe
 def _digest(tensors: MediaTensors) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 

@@ -37,7 +37,7 @@ KINDS = {
 }
 """What a stamp is, by its top folder."""
 
-MAX_WORDS = 12
+MAX_WORDS = 8
 _TRANSLATION = re.compile(r"([a-z]{2,3}(?:_[A-Z]{2})?)\.utf8=(.+)")
 _SPEECH = re.compile(r"_desc(?:_([a-z]{2,3}))?\.ogg")
 _LETTERS = "symbols/alphabets"
