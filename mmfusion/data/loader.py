@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mmfusion.data.collate import collate
+from mmfusion.data.parcel import Parcel, pack, unpack
 from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
@@ -68,7 +69,7 @@ def make_micro_batches(
 
 
 class _Steps(IterableDataset):
-    """Steps from a state on, as lists of micro-batches; worker w of W makes every W-th."""
+    """Steps from a state on, as parcels of micro-batches; worker w of W makes every W-th."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class _Steps(IterableDataset):
         self._state, self._sources, self._processor = state, dict(sources), processor
         self._division, self._pad_rows = division, pad_rows
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[Parcel | list[Batch]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         stream = Stream(self._state, self._sources, self._processor)
@@ -90,7 +91,8 @@ class _Steps(IterableDataset):
             first = self._state.packs + ahead * d.packs_per_step
             step = self._state.step + ahead
             local = stream.local_step(step, first, d.packs_per_step, d.rank, d.world)
-            yield make_micro_batches(local, d, self._processor, self._pad_rows)
+            batches = make_micro_batches(local, d, self._processor, self._pad_rows)
+            yield pack(batches) if info else batches
 
 
 class TrainLoader:
@@ -128,7 +130,8 @@ class TrainLoader:
         dataset = _Steps(
             copy.deepcopy(state), self._sources, self._processor, self._division, self._pad_rows
         )
-        for batches in _data_loader(dataset, self._workers, persistent=False):
+        for made in _data_loader(dataset, self._workers, persistent=False):
+            batches = unpack(made) if isinstance(made, Parcel) else made
             yield from batches
             state.commit(batches[-1].stream)
             if self._division.world == 1 and all(exhausted(lengths, state)):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
 from mmfusion.data.loader import Division, TrainLoader, Workers
+from mmfusion.data.parcel import pack, unpack
 from mmfusion.data.reader import SampleError
 from tests.data.synthetic import keys_of, make_data, same_tensors, write_source
 
@@ -125,7 +129,33 @@ def test_a_crash_in_a_worker_reaches_the_main_process_with_the_sample(tmp_path):
         take(loader(data, workers=Workers(1)), 50)
 
 
-def test_batches_pickle_to_workers_without_sharing(folders):
-    one, other = take(loader(make_data(folders), workers=Workers(1)), 2)
-    assert isinstance(one.input_ids, torch.Tensor)
-    assert one.input_ids.data_ptr() != other.input_ids.data_ptr()
+def test_a_step_of_many_micro_batches_needs_few_open_files(folders):
+    data = make_data(folders, packs_per_step=24)
+    batches = iter(loader(data, workers=Workers(1)))
+    before = len(os.listdir("/proc/self/fd"))
+    most = max(len(os.listdir("/proc/self/fd")) for _ in itertools.islice(batches, 72))
+    assert most - before < 30
+
+
+def test_global_generators_have_no_say(folders):
+    def rows(seed: int) -> list:
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        return take(loader(make_data(folders), micro=4), 4)
+
+    assert all(same_tensors(a, b) for a, b in zip(rows(0), rows(1), strict=True))
+
+
+def test_a_parcel_keeps_every_kind_of_tensor():
+    tensors = [
+        torch.arange(6).reshape(2, 3).T,
+        torch.tensor(3.5, dtype=torch.bfloat16),
+        torch.zeros(0, 4),
+        torch.tensor([True, False]),
+    ]
+    got = unpack(pack({"tensors": tensors, "other": (1, "x")}))
+    assert got["other"] == (1, "x")
+    for one, other in zip(tensors, got["tensors"], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

@@ -114,7 +114,7 @@ def test_resumes_with_other_micro_batches_and_workers_chain_exactly(folders, tmp
             packs_per_micro_batch=dice.choice([1, 2, 3, 4]),
             num_workers=dice.choice([0, 1]),
         )
-        module, trainer, _ = fit(data, tmp_path, end, resume, save_every=1)
+        module, _, _ = fit(data, tmp_path, end, resume, save_every=1)
         if saved is not None:
             assert min(module.steps) == saved.step
         got |= module.steps
@@ -243,7 +243,7 @@ def test_a_stale_loader_is_caught_at_its_first_batch(folders, tmp_path):
     data = make_data(folders)
     stale = make_data(folders).train_dataloader()
     data.train_dataloader = lambda: stale
-    with pytest.raises(RuntimeError, match="belongs to step 0 .*expected step 2"):
+    with pytest.raises(RuntimeError, match=r"belongs to step 0 .*expected step 2"):
         fit(data, tmp_path, 4, tmp_path / "2.ckpt")
 
 

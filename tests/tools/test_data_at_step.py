@@ -1,0 +1,46 @@
+"""`mmfusion data at-step`: tells the very samples that training sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmfusion.tools.data_at_step import load_stream_state, samples_at
+from tests.data.synthetic import keys_of, make_data, write_source
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("at_step")
+    return {"a": write_source(root / "a", 40), "b": write_source(root / "b", 9, seed=1)}
+
+
+def test_rows_are_the_samples_of_the_step(folders):
+    data = make_data(folders, packs_per_micro_batch=4)
+    for step, batch in zip(range(8), data.train_dataloader(), strict=False):
+        rows = list(samples_at(data, step))
+        told = sorted((row["source"], row["epoch"], row["index"], row["key"]) for row in rows)
+        assert told == sorted(
+            (*key, s.key) for key, s in zip(keys_of(batch), batch.samples, strict=True)
+        )
+        assert sum(row["tokens"] for row in rows) == batch.input_ids.numel()
+        assert {row["pack"] for row in rows} == set(range(4 * step, 4 * step + 4))
+
+
+def test_a_checkpoint_gives_the_same_rows_and_refuses_earlier_steps(folders, tmp_path):
+    data = make_data(folders, packs_per_micro_batch=4)
+    for batch, _ in zip(data.train_dataloader(), range(5), strict=False):
+        data.state.commit(batch.stream)
+    saved = {"callbacks": {"mmfusion.stream": data.state.to_json()}}
+    torch.save(saved, tmp_path / "5.ckpt")
+    later = make_data(folders)
+    later.restore(load_stream_state(tmp_path / "5.ckpt"))
+    assert list(samples_at(later, 7)) == list(samples_at(make_data(folders), 7))
+    with pytest.raises(ValueError, match="step 3 lies before the given checkpoint's step 5"):
+        list(samples_at(later, 3))
+
+
+def test_a_file_without_the_state_is_refused(tmp_path):
+    torch.save({"callbacks": {"other": {}}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"no state of the data stream \(callbacks: \['other'\]"):
+        load_stream_state(tmp_path / "x.ckpt")

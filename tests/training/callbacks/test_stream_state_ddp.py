@@ -1,0 +1,99 @@
+"""The stream on two real processes (DDP, gloo): the same steps, every rank's lanes in the state."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from mmfusion.data.state import StreamState
+from mmfusion.training.callbacks.stream_state import StreamStateCallback
+from tests.data.synthetic import keys_of, make_data, write_source
+from tests.training.callbacks.test_stream_state import Recorder, fit
+
+pytestmark = pytest.mark.slow
+
+
+class Writer(Recorder):
+    """Each rank writes its samples to a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        with open(self.folder / f"{self.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps([self.trainer.global_step, keys_of(batch)]) + "\n")
+        return loss
+
+
+def fit_on_two(data, folder: Path, max_steps: int, resume=None) -> dict[int, list]:
+    """Train on two spawned processes; samples of each step over both ranks. Saves a checkpoint."""
+    folder.mkdir(exist_ok=True)
+    data.processor = data._state = None
+    saver = L.pytorch.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+    )
+    trainer = L.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        callbacks=[StreamStateCallback(), saver],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Writer(folder), data, ckpt_path=resume, weights_only=True)
+    steps: dict[int, list] = {}
+    for rank in range(2):
+        for line in (folder / f"{rank}.jsonl").read_text().splitlines():
+            step, keys = json.loads(line)
+            steps.setdefault(step, []).extend(map(tuple, keys))
+    return steps
+
+
+def as_sets(steps: dict[int, list]) -> dict[int, Counter]:
+    return {step: Counter(keys) for step, keys in steps.items()}
+
+
+def stream_state(path: Path) -> StreamState:
+    loaded = torch.load(path, weights_only=True)
+    return StreamState.from_json(loaded["callbacks"]["mmfusion.stream"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("ddp")
+    bad = {3: "odd", 11: "corrupt_image"}
+    return {"a": write_source(root / "a", 60, bad=bad), "b": write_source(root / "b", 9, seed=1)}
+
+
+def test_one_two_and_one_processes_again_see_the_uninterrupted_steps(folders, tmp_path):
+    data = make_data(folders)
+    expected = fit(data, tmp_path / "whole", 9, save_every=1)[0].steps
+    first = fit(make_data(folders), tmp_path, 3, save_every=1)[0].steps
+    second = fit_on_two(make_data(folders), tmp_path / "two", 6, tmp_path / "step=3.ckpt")
+    third = fit(make_data(folders), tmp_path, 9, tmp_path / "two" / "step=6.ckpt")[0].steps
+    assert as_sets(first | second | third) == as_sets(expected)
+    assert stream_state(tmp_path / "two" / "step=6.ckpt") == stream_state(
+        tmp_path / "whole" / "step=6.ckpt"
+    )
+
+
+def test_a_finite_run_ends_on_both_ranks_at_the_same_step(folders, tmp_path):
+    expected = fit(make_data(folders, epochs=1), tmp_path / "one", save_every=1)[0].steps
+    steps = fit_on_two(make_data(folders, epochs=1, num_workers=1), tmp_path / "two", -1)
+    assert as_sets(steps) == as_sets(expected)
+    rows = [json.loads(x) for x in (tmp_path / "two" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(row["index"] for row in rows) == [3, 11]
+    counts = stream_state(tmp_path / "two" / f"step={len(steps)}.ckpt").counts
+    assert counts["a"].bad == {"odd": 1, "corrupt_image": 1}
+    assert counts["a"].seen == 58
