@@ -34,8 +34,8 @@ TITLES = Path(__file__).with_name("titles.txt")
 
 
 def main(clipart: Path, easy_vqa: Path) -> None:
-    for folder in ("pictures", "speech", "videos", "shapes"):
-        (HERE / folder).mkdir(exist_ok=True)
+    for folder in ("pictures", "speech", "videos", "shapes/images"):
+        (HERE / folder).mkdir(parents=True, exist_ok=True)
     entries = []
     for number, line in enumerate(TITLES.read_text().splitlines()):
         caption, source = line.split("\t")
@@ -75,7 +75,7 @@ def make_shapes(train: Path) -> None:
     questions = json.loads((train / "questions.json").read_text())
     for number in range(QUESTIONS):
         picture = (train / "images" / f"{number}.png").read_bytes()
-        (HERE / "shapes" / f"{number}.png").write_bytes(picture)
+        (HERE / "shapes" / "images" / f"{number}.png").write_bytes(picture)
     kept = [question for question in questions if question[2] < QUESTIONS]
     (HERE / "shapes" / "questions.json").write_text(json.dumps(kept, indent=0) + "\n")
 
