@@ -47,6 +47,7 @@ TRAINER_DEFAULTS = {
 }
 
 
+MESSAGES = logging.StreamHandler()
 NOISE = (
     r".*Total length of `list` across ranks is zero",  # no validation data
     r".*module\(s\) in eval mode at the start of training",  # frozen parts
@@ -263,10 +264,9 @@ def show_messages() -> None:
     """Our log messages and no noise: on rank 0 from INFO, on the others warnings."""
     ours = logging.getLogger("mmfusion")
     ours.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
+    MESSAGES.setStream(sys.stderr)
+    if MESSAGES not in ours.handlers:
+        ours.addHandler(MESSAGES)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
 

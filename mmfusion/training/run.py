@@ -128,8 +128,9 @@ class RunDirectory:
         return Attempt(self)
 
     def _lock(self) -> None:
-        """Hold the run until this process ends. (A record lock: loader processes do not inherit it,
-        so a killed run is free at once.)
+        """Hold the run until this process ends.
+
+        By a record lock: loader processes do not inherit it, so a killed run is free at once.
         """
         self._locked = (self.path / ".lock").open("w")
         try:
@@ -138,8 +139,8 @@ class RunDirectory:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise ValueError(
-                f"another process is writing {self.path} ({self.status()}); stop it, or use another "
-                "--run_dir."
+                f"another process is writing {self.path} ({self.status()}); stop it, or use "
+                "another --run_dir."
             ) from None
 
     def set_aside(self, after_step: int, attempt: Attempt) -> None:
