@@ -34,6 +34,7 @@ class Monitor(L.Callback):
     def __init__(self) -> None:
         self._sources: list[str] = []
         self._norms: dict[str, Tensor] = {}
+        self._rates: dict[str, float] = {}
         self._restart_window()
 
     def _restart_window(self) -> None:
@@ -63,9 +64,10 @@ class Monitor(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Norms of the step's gradients, which are unscaled by now and not yet clipped."""
+        """Rates of this step, and norms of its gradients: unscaled by now, not yet clipped."""
         if (trainer.global_step + 1) % _every(trainer) == 0:
             self._norms = gradient_norms(optimizer)
+            self._rates = {name: groups[0]["lr"] for name, groups in _parts(optimizer).items()}
 
     def on_train_batch_end(
         self,
@@ -127,16 +129,9 @@ class Monitor(L.Callback):
         logged["throughput/padding_share"] = 1 - float(total["tokens"]) / float(total["places"])
         logged["throughput/wait_share"] = float(total["waited"]) / trainer.world_size / elapsed
         logged["throughput/step_s"] = elapsed / self._steps
-        return {**logged, **_memory(), **self._optimizer(trainer)}
-
-    def _optimizer(self, trainer: L.Trainer) -> dict[str, float]:
-        rates = {
-            f"train/lr/{name}": groups[0]["lr"]
-            for optimizer in trainer.optimizers
-            for name, groups in _parts(optimizer).items()
-        }
-        norms = {f"train/grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
-        return {**rates, **norms}
+        logged |= {f"train/lr/{name}": rate for name, rate in self._rates.items()}
+        logged |= {f"train/grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
+        return {**logged, **_memory()}
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
