@@ -13,8 +13,8 @@ from typing import Any
 
 from mmfusion.tools.quickstart.intervals import Estimate
 
-HELD_OUT = {False: 400, True: 64}
-QUESTIONS = {False: 600, True: 100}
+HELD_OUT = {False: 300, True: 48}
+QUESTIONS = {False: 600, True: 60}
 """Samples of a data set and questions about shapes that are measured, by ``small``."""
 
 TITLES = {"pictures": "pictures", "speech": "speech", "motions": "clips of motions"}
