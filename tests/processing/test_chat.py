@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from mmfusion.paths import cache_dir
 from mmfusion.processing.chat import ChatRenderer
 from mmfusion.processing.special_tokens import add_placeholders
 from mmfusion.types import DataError, Media, Message, Text
@@ -191,13 +191,11 @@ def test_tokenizer_that_trims_white_space_from_offsets(tmp_path: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm() -> Any:
-    folder = cache_dir() / "weights" / "smollm2-135m-instruct"
-    if not (folder / "tokenizer.json").exists():
-        pytest.skip("SmolLM2's tokenizer is not in the cache; run `mmfusion quickstart` once")
-    return AutoTokenizer.from_pretrained(folder)
+def smollm(real_weights: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(real_weights["smollm2-135m-instruct"])
 
 
+@pytest.mark.slow
 def test_smollm_ids_equal_apply_chat_template(smollm: Any) -> None:
     chat = renderer(smollm, smollm.chat_template)
     for talk in (TALK, [("system", "Be brief."), *TALK], TALK[:2]):

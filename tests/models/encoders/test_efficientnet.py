@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmfusion.models.encoders.efficientnet import EfficientNetLite, EfficientNetLiteVideo
-from mmfusion.paths import cache_dir
 from mmfusion.types import Media
 
 
@@ -155,10 +154,8 @@ def test_options_out_of_range_are_refused(folder: Path, options: dict) -> None:
 
 
 @pytest.mark.slow
-def test_real_weights_tell_pictures_apart(assets: Path) -> None:
-    folder = cache_dir() / "weights" / "efficientnet-lite0"
-    if not (folder / "model.safetensors").exists():
-        pytest.skip(f"no weights in {folder}; `mmfusion quickstart` fetches them")
+def test_real_weights_tell_pictures_apart(assets: Path, real_weights: dict[str, Path]) -> None:
+    folder = real_weights["efficientnet-lite0"]
     encoder = built(EfficientNetLite(str(folder), grid=1))
     processor = encoder.media_processor()
     files = sorted((assets / "pictures").glob("*.jpg"))[:4]

@@ -14,7 +14,6 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
 from mmfusion.models.encoders.whisper import WhisperEncoder, log_mel
-from mmfusion.paths import cache_dir
 from mmfusion.types import Media
 
 FULL = 100
@@ -178,11 +177,9 @@ def test_the_idle_item_encodes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_silence_brings_the_real_encoder_nearer_to_its_features_of_30_seconds(
-    assets: Path,
+    assets: Path, real_weights: dict[str, Path]
 ) -> None:
-    folder = cache_dir() / "weights" / "whisper-base-encoder"
-    if not (folder / "config.json").exists():
-        pytest.skip(f"no weights in {folder}; `mmfusion quickstart` fetches them")
+    folder = real_weights["whisper-base-encoder"]
     file = min((assets / "speech").glob("*.ogg"))
     media = Media("audio", file.read_bytes(), "ogg")
     features = []

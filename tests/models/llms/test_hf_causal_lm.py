@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
-from mmfusion.paths import cache_dir
 from tests.models.tiny import llama_config, save_llm
 
 SIZE: dict[str, Any] = {
@@ -203,11 +202,8 @@ def test_attention_that_ignores_the_borders_is_refused(
 
 
 @pytest.mark.slow
-def test_real_smollm2_packs_exactly() -> None:
-    folder = cache_dir() / "weights" / "smollm2-135m-instruct"
-    if not (folder / "config.json").exists():
-        pytest.skip(f"no weights in {folder}; `mmfusion quickstart` fetches them")
-    llm = HFCausalLM(str(folder))
+def test_real_smollm2_packs_exactly(real_weights: dict[str, Path]) -> None:
+    llm = HFCausalLM(str(real_weights["smollm2-135m-instruct"]))
     llm.build()
     texts = ["The cat sat on the mat.", "Paris is the capital of France", "One two three four"]
     samples = [torch.tensor(llm.tokenizer()(text)["input_ids"]) for text in texts]
