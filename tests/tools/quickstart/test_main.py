@@ -54,6 +54,7 @@ def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
     fit([tmp_path / "no.yaml"], tmp_path, [])
 
 
+@pytest.mark.slow
 def test_failing_fit_stops_the_quickstart(tmp_path):
     with pytest.raises(SystemExit, match="The same line again goes on"):
         fit([tmp_path / "no.yaml"], tmp_path / "run", [])
