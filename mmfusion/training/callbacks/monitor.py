@@ -9,6 +9,9 @@ a log step one sum over the ranks covers everything. The module itself logs ``tr
 - ``throughput/``: ``tokens_per_s`` and ``supervised_tokens_per_s`` (padding not counted),
   ``samples_per_s``, ``<modality>_per_s``, ``padding_share``, ``wait_share`` (time between steps:
   waiting for data, writing logs and checkpoints), ``step_s``, ``rss_peak_gib``, ``cuda_peak_gib``,
+- ``data/bad/<reason>``: samples left out since the run began. What was seen of each source
+  (``data/<source>/``) is logged by
+  :class:`mmfusion.training.callbacks.stream_state.StreamStateCallback`.
 """
 
 from __future__ import annotations
@@ -131,7 +134,7 @@ class Monitor(L.Callback):
         logged["throughput/step_s"] = elapsed / self._steps
         logged |= {f"train/lr/{name}": rate for name, rate in self._rates.items()}
         logged |= {f"train/grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
-        return {**logged, **_memory()}
+        return {**logged, **_memory(), **_bad(trainer)}
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -182,3 +185,11 @@ def _memory() -> dict[str, float]:
         found["throughput/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
     return found
+
+
+def _bad(trainer: L.Trainer) -> dict[str, float]:
+    """Samples left out so far by reason; the other ranks' up to the last checkpoint."""
+    total: Counter[str] = Counter()
+    for counts in trainer.datamodule.state.counts.values():  # type: ignore[attr-defined]
+        total.update(counts.bad)
+    return {f"data/bad/{reason}": float(count) for reason, count in total.items()}

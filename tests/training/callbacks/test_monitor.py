@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmfusion.data.writer import ShardWriter
 from mmfusion.training.callbacks.monitor import gradient_norms
 from mmfusion.training.loggers import read_metrics
 from tests.training.tiny import fit, write_recipe
@@ -123,6 +124,23 @@ def test_groups_without_gradients_have_no_norm() -> None:
     without.grad = torch.tensor([0.0, 12.0])
     optimizer.param_groups[1]["name"] = "a/Full/no_decay"
     assert gradient_norms(optimizer) == {"a/Full": torch.tensor(13.0)}
+
+
+def test_samples_left_out_are_counted_by_reason(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "bad-%06d.tar"), max_samples=50) as writer:
+        for i in range(40):
+            writer.write(f"k{i}", {"image": b"" if i % 4 == 0 else b"1", "txt": b"w1 w2 w3"})
+    converter = {"class_path": "tests.training.tiny.TinyConverter"}
+    source = {"shards": str(tmp_path / "bad-*.tar"), "converter": converter}
+    recipe = write_recipe(
+        tmp_path,
+        trainer__max_steps=3,
+        data__sources={"bad": source},
+        data__max_bad_fraction=0.9,
+    )
+    last = read_metrics(fit(recipe).path / "metrics.csv")[-1]
+    assert last["data/bad/empty_image"] > 0
+    assert last["data/bad/empty_image"] == last["data/bad/bad"]  # of the source named bad
 
 
 @pytest.mark.slow
