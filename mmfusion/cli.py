@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -143,7 +144,25 @@ def _run(name: str, args: list[str]) -> Any:
 
     module, function = TOOLS[name][0].split(":")
     tool = getattr(importlib.import_module(module), function)
-    return auto_cli(tool, args=args, prog=f"mmfusion {name}")
+    return auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+
+
+def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """``--with-baselines`` as ``--with_baselines=true``: the parser wants underscores, and a value
+    for every option.
+    """
+    options = inspect.signature(tool).parameters
+    spelled = []
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in options:
+            spelled.append(arg)
+        elif options[name].default is False and not equals and after not in ("true", "false"):
+            spelled.append(f"--{name}=true")
+        else:
+            spelled.append(f"--{name}{equals}{value}")
+    return spelled
 
 
 def _fail(command: str, message: str, code: int) -> NoReturn:

@@ -127,3 +127,14 @@ def test_from_recipe_raises_for_a_wrong_override(recipe):
 def test_load_module_refuses_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run directory"):
         load_module(tmp_path)
+
+
+def test_flags_of_tools_need_no_value() -> None:
+    from mmfusion.cli import _spelled_out
+
+    def tool(run_dir: str | None = None, with_baselines: bool = False) -> None: ...
+
+    line = ["--with-baselines", "--run-dir", "a-b"]
+    assert _spelled_out(tool, line) == ["--with_baselines=true", "--run_dir", "a-b"]
+    assert _spelled_out(tool, ["--with_baselines", "false"]) == ["--with_baselines", "false"]
+    assert _spelled_out(tool, ["--unknown-x", "--run-dir=a-b"]) == ["--unknown-x", "--run_dir=a-b"]

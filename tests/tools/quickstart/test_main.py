@@ -63,7 +63,7 @@ def test_failing_fit_stops_the_quickstart(tmp_path):
 @pytest.mark.slow
 def test_small_quickstart_from_nothing_to_report(tmp_path):
     """The real thing, downloads included where the cache (MMFUSION_CACHE) lacks them."""
-    line = [sys.executable, "-m", "mmfusion", "quickstart", "--small", "true"]
+    line = [sys.executable, "-m", "mmfusion", "quickstart", "--small"]
     run = tmp_path / "run"
     for _ in range(2):  # the second time everything is done already
         done = subprocess.run([*line, "--run_dir", str(run)], capture_output=True, text=True)
