@@ -264,7 +264,7 @@ def show_messages() -> None:
     """Our log messages and no noise: on rank 0 from INFO, on the others warnings."""
     ours = logging.getLogger("mmfusion")
     ours.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    MESSAGES.setStream(sys.stderr)
+    MESSAGES.stream = sys.stderr  # setStream would flush the old one, which may be closed
     if MESSAGES not in ours.handlers:
         ours.addHandler(MESSAGES)
     for noise in NOISE:
