@@ -87,7 +87,7 @@ def test_a_wrong_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = write_recipe(tmp_path, model__tunning={"llm": 1})
     with pytest.raises(SystemExit) as exit:
         main(["describe", str(recipe)])
-    assert exit.value.code == 1
+    assert exit.value.code
     assert "tunning" in capsys.readouterr().err
 
 
