@@ -1,0 +1,113 @@
+"""Fills a cache with what a recipe names: at every ``path`` of a part a tiny random model of that
+class, at every ``shards`` a tiny shard of the committed media. The recipe itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mmfusion.data.writer import ShardWriter
+from mmfusion.paths import expand
+from tests.models.tiny import save_clip, save_llm
+
+ASSETS = Path(__file__).parents[1] / "assets"
+MEDIA = {"image": ("picture", "jpg"), "audio": ("speech", "ogg"), "video": ("video", "mp4")}
+"""For each modality, its key in the committed manifest and its extension."""
+
+
+def save_efficientnet(folder: Path) -> None:
+    """EfficientNet-Lite0 at random weights."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    save_file(
+        EfficientNet.from_name("efficientnet-lite0").state_dict(), folder / "model.safetensors"
+    )
+
+
+def save_whisper(folder: Path) -> None:
+    """A random Whisper encoder of two narrow layers."""
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+    )
+    torch.manual_seed(0)
+    WhisperEncoder(config).save_pretrained(folder)
+
+
+MAKERS = {
+    "EfficientNetLite": save_efficientnet,
+    "EfficientNetLiteVideo": save_efficientnet,
+    "WhisperEncoder": save_whisper,
+    "HFVision": save_clip,
+    "HFCausalLM": save_llm,
+}
+"""What stands in for the weights of each class. A recipe with a new class needs a line here."""
+
+
+def fill(recipe: Mapping[str, Any], samples: int = 6) -> None:
+    """Make the parts and the shards that a recipe names and that are not there yet."""
+    for part in _with_key(recipe.get("model", {}), "class_path"):
+        path = part.get("init_args", {}).get("path")
+        if path is not None and not Path(expand(path)).exists():
+            MAKERS[part["class_path"].rsplit(".", 1)[-1]](Path(expand(path)))
+    modalities = list(recipe.get("model", {}).get("encoders", {}))
+    for source in _with_key(recipe.get("data", {}), "shards"):
+        kind = source["converter"]["class_path"].rsplit(".", 1)[-1]
+        path = Path(expand(source["shards"]))
+        if not list(path.parent.glob(path.name)):
+            write_shard(str(path).replace("*", "%06d"), kind, modalities, samples)
+
+
+def write_shard(pattern: str, converter: str, modalities: list[str], samples: int) -> None:
+    """A shard for this converter whose samples show the modalities in turn."""
+    with (ASSETS / "manifest.json").open() as file:
+        entries = [entry for entry in json.load(file) if all(k in entry for k, _ in MEDIA.values())]
+    with ShardWriter(pattern) as writer:
+        for number, entry in enumerate(entries[:samples]):
+            modality = modalities[number % len(modalities)]
+            key, extension = MEDIA[modality]
+            record = {extension: (ASSETS / entry[key]).read_bytes()}
+            record |= RECORDS[converter](modality, entry["caption"])
+            writer.write(f"{number:04d}", record)
+
+
+def _caption(modality: str, caption: str) -> dict[str, bytes]:
+    return {"txt": caption.encode()}
+
+
+def _conversation(modality: str, caption: str) -> dict[str, bytes]:
+    turns = [
+        {"role": "user", "content": f"<{modality}> What is it?"},
+        {"role": "assistant", "content": caption},
+        {"role": "user", "content": "Are you sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    return {"json": json.dumps({"messages": turns}).encode()}
+
+
+RECORDS = {"Caption": _caption, "Conversation": _conversation}
+"""The text of a record for each converter. A recipe with a new one needs a line here."""
+
+
+def _with_key(value: Any, key: str) -> Iterator[Mapping[str, Any]]:
+    """Every mapping inside ``value`` that has this key."""
+    if isinstance(value, Mapping):
+        if key in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _with_key(item, key)
