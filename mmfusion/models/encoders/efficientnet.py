@@ -43,6 +43,7 @@ class EfficientNetLite(Encoder):
         grid: average the map to grid x grid cells (0: keep its 7 x 7).
         global_token: add the mean of the whole map as a last feature.
         variant: which of the five sizes.
+        image_size: side of the square that a picture is scaled to (0: the variant's own).
     """
 
     def __init__(
@@ -51,13 +52,16 @@ class EfficientNetLite(Encoder):
         grid: int = 0,
         global_token: bool = False,
         variant: Variant = "efficientnet-lite0",
+        image_size: int = 0,
     ) -> None:
         super().__init__()
         if variant not in IMAGE_SIZE:
             raise ValueError(f"variant {variant!r} is unknown; one of {list(IMAGE_SIZE)}.")
         self.path = path
         self.variant = variant
-        self.image_size = IMAGE_SIZE[variant]
+        if image_size and image_size < STRIDE:
+            raise ValueError(f"image_size is {image_size}; it must be {STRIDE} or more, or 0.")
+        self.image_size = image_size or IMAGE_SIZE[variant]
         self.cells = -(-self.image_size // STRIDE)
         if not 0 <= grid <= self.cells:
             raise ValueError(f"grid is {grid}; it must be 0 to {self.cells} for {variant}.")
@@ -127,6 +131,7 @@ class EfficientNetLiteVideo(EfficientNetLite):
         global_token: add the mean of a frame's map as its last feature.
         time_steps: average the frames to this many steps (0: keep every frame).
         variant: which of the five sizes.
+        image_size: side of the square that a frame is scaled to (0: the variant's own).
     """
 
     def __init__(
@@ -137,8 +142,9 @@ class EfficientNetLiteVideo(EfficientNetLite):
         global_token: bool = False,
         time_steps: int = 0,
         variant: Variant = "efficientnet-lite0",
+        image_size: int = 0,
     ) -> None:
-        super().__init__(path, grid, global_token, variant)
+        super().__init__(path, grid, global_token, variant, image_size)
         if frames < 1 or not 0 <= time_steps <= frames:
             raise ValueError(
                 f"frames is {frames} and time_steps {time_steps}; expected frames of 1 or more "

@@ -29,7 +29,7 @@ from mmfusion.tools.quickstart.sources import Picture
 PICTURE_SIZE = 224
 CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = 128, 12, 6
 SPOKEN = ("en", "fr", "es", "ca", "ro")
-"""Languages of the spoken captions; the text to predict is the English one."""
+"""Languages of the spoken captions that are used."""
 
 LANGUAGES = {
     "fr": "French",
@@ -79,18 +79,17 @@ def pictures(items: Sequence[Picture]) -> Iterator[Entry]:
 
 
 def speech(items: Sequence[Picture]) -> Iterator[Entry]:
-    """Spoken captions; the text is the caption in English."""
+    """Spoken captions; the text is what is said, in its language."""
     for item in items:
         for language in SPOKEN:
-            if language in item.speech:
+            if item.said(language) and language in item.speech:
                 yield _entry(
                     split_of(item.concept),
                     f"{language}-{item.source}-{item.name}",
                     {"ogg": item.speech[language].read_bytes()},
-                    item.caption,
+                    item.said(language),
                     concept=item.concept,
                     source=f"speech-{language}",
-                    spoken=item.translations.get(language, item.caption),
                 )
 
 

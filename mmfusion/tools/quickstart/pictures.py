@@ -13,13 +13,13 @@ from PIL import Image
 Frame: TypeAlias = Image.Image
 
 MOTIONS = {
-    "right": "moves from left to right",
-    "left": "moves from right to left",
+    "right": "moves right",
+    "left": "moves left",
     "up": "moves up",
     "down": "moves down",
-    "grow": "gets bigger",
-    "shrink": "gets smaller",
-    "turn": "turns around clockwise",
+    "grow": "grows",
+    "shrink": "shrinks",
+    "turn": "spins",
     "still": "stays still",
 }
 """What a picture does in a clip, and how its caption says so."""

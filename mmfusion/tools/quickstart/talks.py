@@ -39,8 +39,7 @@ def talks(items: Sequence[Picture]) -> Iterator[Entry]:
         if item.source not in ("stamps", "clipart"):
             continue
         yield about_picture(item)
-        spoken = sorted(set(item.speech) & set(SPOKEN))
-        kinds = [about_clip, *([about_speech, about_both] if spoken else [])]
+        kinds = [about_clip, *([about_speech, about_both] if _spoken(item) else [])]
         for maker in kinds:
             yield maker(item)
 
@@ -67,9 +66,11 @@ def about_picture(item: Picture) -> Entry:
 
 
 def about_speech(item: Picture) -> Entry:
-    """What a person says, in English."""
+    """What a person says, and what that is in English."""
     language = _language(item)
-    turns = [("<audio>\nWhat does the speaker say, in English?", item.caption), *_kind(item)]
+    turns = [("<audio>\nWrite down what the speaker says.", item.said(language))]
+    if language != "en":
+        turns.append(("Say it in English.", item.caption))
     return _entry(item, f"speech-{language}", {"ogg": item.speech[language].read_bytes()}, turns)
 
 
@@ -92,8 +93,13 @@ def about_clip(item: Picture) -> Entry:
     return _entry(item, "clip", {"mp4": clip}, turns)
 
 
+def _spoken(item: Picture) -> list[str]:
+    """The languages in which it can be heard and read."""
+    return [language for language in SPOKEN if language in item.speech and item.said(language)]
+
+
 def _language(item: Picture) -> str:
-    spoken = sorted(set(item.speech) & set(SPOKEN))
+    spoken = _spoken(item)
     return spoken[int(fraction(f"language of {item.name}") * len(spoken))]
 
 
