@@ -43,7 +43,11 @@ class Encoder(nn.Module, ABC):
         """
 
     def train(self, mode: bool = True) -> Any:
-        """A frozen encoder stays in evaluation mode: its batch statistics and its dropout must not
-        move.
+        """A frozen encoder stays in evaluation mode: its dropout must not act. Batch normalisation
+        does so in a trained one too: its statistics would take in idle items, and differ by rank.
         """
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+        super().train(mode and any(p.requires_grad for p in self.parameters()))
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self

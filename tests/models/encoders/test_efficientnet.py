@@ -116,6 +116,15 @@ def test_a_real_clip_becomes_its_frames(folder: Path, assets: Path) -> None:
     assert item["pixels"].float().std() > 1
 
 
+def test_batch_statistics_stay_where_they_are_in_a_trained_encoder(folder: Path) -> None:
+    """They would take in blank idle images, and differ from rank to rank."""
+    encoder = EfficientNetLite(str(folder), image_size=32)
+    encoder.build()
+    before = encoder.net._bn0.running_mean.clone()
+    encoder.train()({"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)})
+    assert torch.equal(encoder.net._bn0.running_mean, before)
+
+
 def test_a_frozen_encoder_stays_in_evaluation_mode(folder: Path) -> None:
     encoder = EfficientNetLite(str(folder))
     encoder.build()
