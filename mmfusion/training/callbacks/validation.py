@@ -25,6 +25,7 @@ from mmfusion.data.collate import collate
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.packing import Item
 from mmfusion.data.reader import Budget, Reader
+from mmfusion.data.source import Source
 from mmfusion.data.validation import spread
 from mmfusion.metrics.answers import Question, as_question
 from mmfusion.metrics.shuffled_media import shuffle_media
@@ -33,7 +34,7 @@ from mmfusion.models.generation import generate
 from mmfusion.objectives.base import Loss
 from mmfusion.training.callbacks.table import Answered, log_table
 from mmfusion.training.module import MultimodalModule
-from mmfusion.types import Batch, EncodedSample, SampleRef
+from mmfusion.types import Batch, DataError, EncodedSample, SampleRef
 
 
 class Validation(L.Callback):
@@ -137,7 +138,7 @@ class Validation(L.Callback):
         figures: dict[str, float] = {}
         rows: list[Answered] = []
         for name, source in _data(trainer).val_sources.items():
-            chat = len(source) > 0 and _is_chat(trainer, name)
+            chat = _is_chat(source)
             count = max(self.generate_samples if chat else 0, self.table_samples)
             chosen = spread(len(source), count)[trainer.global_rank :: trainer.world_size]
             metric = SQuAD().to(module.device)
@@ -198,8 +199,14 @@ def _processor(trainer: L.Trainer) -> Any:
     return _data(trainer).processor
 
 
-def _is_chat(trainer: L.Trainer, name: str) -> bool:
-    return _data(trainer).val_sources[name][0].format == "chat"
+def _is_chat(source: Source) -> bool:
+    """Whether a source holds conversations: its first sample that can be read tells."""
+    for index in range(len(source)):
+        try:
+            return source[index].format == "chat"
+        except DataError:
+            continue
+    return False
 
 
 def _precision(trainer: L.Trainer) -> AbstractContextManager:

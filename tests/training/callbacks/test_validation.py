@@ -16,7 +16,7 @@ from mmfusion.inference import Chat
 from mmfusion.metrics.shuffled_media import shuffle_media
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.callbacks.validation import Validation
-from mmfusion.types import Media, Message, Sample, Text
+from mmfusion.types import DataError, Media, Message, Sample, Text
 from tests.training.tiny import TinyConverter, fit, losses, write_recipe
 
 CHAT = {"class_path": "tests.training.tiny.TinyConverter"}
@@ -29,6 +29,15 @@ class PlainConverter(TinyConverter):
     def __call__(self, record: Any, shard: str, key: str) -> Sample:
         sample = super().__call__(record, shard, key)
         return Sample(sample.messages, "plain", shard, key)
+
+
+class SecondOn(TinyConverter):
+    """The first record of the source cannot be used."""
+
+    def __call__(self, record: Any, shard: str, key: str) -> Sample:
+        if key == "val00000":
+            raise DataError("broken", "made to be broken")
+        return super().__call__(record, shard, key)
 
 
 def validate(recipe: Path, callback: Validation) -> tuple[dict[str, float], Any, Any]:
@@ -95,6 +104,14 @@ def test_only_conversations_are_answered(validated: tuple[dict[str, float], Any,
     figures = validated[0]
     assert "val/exact_match/asked" in figures
     assert "val/exact_match/captions" not in figures
+
+
+def test_a_bad_first_sample_is_left_out_and_the_source_still_answered(tmp_path: Path) -> None:
+    converter = {"class_path": f"{__name__}.SecondOn"}
+    source = {"shards": str(tmp_path / "val-*.tar"), "converter": converter}
+    recipe = write_recipe(tmp_path, data__val_sources={"asked": source})
+    callback = Validation(shuffled_gap=False, generate_samples=2, table_samples=0, max_new_tokens=1)
+    assert "val/exact_match/asked" in validate(recipe, callback)[0]
 
 
 def test_exact_match_counts_the_answers_the_model_gives(
