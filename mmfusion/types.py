@@ -167,7 +167,10 @@ class _Tensors:
     """
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        return _map(self, lambda tensor: tensor.to(*args, **kwargs))
+        # Torch keeps pinned memory until a copy from it is done; other memory is copied at once.
+        return _map(
+            self, lambda t: t.to(*args, **{"non_blocking": t.device.type == "cpu", **kwargs})
+        )
 
     def pin_memory(self) -> Any:
         return _map(self, lambda tensor: tensor.pin_memory())
@@ -213,6 +216,8 @@ class Batch(_Tensors):
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).
+        host: the batch as it was before ``to`` moved it. What is counted and checked is read there,
+            so that nothing waits for the accelerator.
     """
 
     input_ids: Tensor
@@ -224,6 +229,16 @@ class Batch(_Tensors):
     step_targets: Tensor
     samples: list[BatchSample] = field(default_factory=list)
     stream: Any = None
+    _host: Batch | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def host(self) -> Batch:
+        return self._host or self
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        moved = super().to(*args, **kwargs)
+        moved._host = self.host
+        return moved
 
 
 @dataclass(frozen=True)
@@ -256,7 +271,6 @@ def _map(value: Any, function: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(item, function) for key, item in value.items()}
     if isinstance(value, _Tensors) and is_dataclass(value):
-        return replace(
-            value, **{f.name: _map(getattr(value, f.name), function) for f in fields(value)}
-        )
+        names = [f.name for f in fields(value) if f.init]
+        return replace(value, **{name: _map(getattr(value, name), function) for name in names})
     return value

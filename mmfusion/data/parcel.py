@@ -37,39 +37,50 @@ class Parcel:
 
 
 class _Pickler(pickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            raw = obj.detach().contiguous().flatten().view(torch.uint8).numpy()
-            return _rebuild, (pickle.PickleBuffer(raw.data), obj.dtype, tuple(obj.shape))
-        return NotImplemented
+    """Lays tensors aside, and leaves a number, their type and their shape."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return None
+        self.tensors.append(obj.detach().contiguous())
+        return len(self.tensors) - 1, obj.dtype, tuple(obj.shape)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts views of the block in their places."""
+
+    def __init__(self, parcel: Parcel) -> None:
+        super().__init__(io.BytesIO(parcel.header))
+        self._parcel = parcel
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        number, dtype, shape = pid
+        first, end = self._parcel.spans[number]
+        return self._parcel.block[first:end].view(dtype).view(shape)
 
 
 def pack(value: Any) -> Parcel:
     """Copy every tensor in ``value`` into one block."""
-    buffers: list[pickle.PickleBuffer] = []
     header = io.BytesIO()
-    _Pickler(header, protocol=5, buffer_callback=buffers.append).dump(value)
+    pickler = _Pickler(header)
+    pickler.dump(value)
     spans, end = [], 0
-    for buffer in buffers:
+    for tensor in pickler.tensors:
         first = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = first + buffer.raw().nbytes
+        end = first + tensor.nbytes
         spans.append((first, end))
     block = torch.empty(end, dtype=torch.uint8)
-    memory = block.numpy().data
-    for (first, last), buffer in zip(spans, buffers, strict=True):
-        memory[first:last] = buffer.raw()
+    for (first, last), tensor in zip(spans, pickler.tensors, strict=True):
+        block[first:last] = tensor.flatten().view(torch.uint8)
     return Parcel(header.getvalue(), spans, block)
 
 
 def unpack(parcel: Parcel) -> Any:
-    """The object again; its tensors are views of the block."""
-    memory = parcel.block.numpy().data
-    return pickle.loads(  # noqa: S301 (from our own loader process)
-        parcel.header, buffers=[memory[first:end] for first, end in parcel.spans]
-    )
-
-
-def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+    """The object again; its tensors are torch's own views of the block: where a copy to a device is
+    still under way when they are dropped, torch keeps pinned memory until it is done.
+    """
+    return _Unpickler(parcel).load()

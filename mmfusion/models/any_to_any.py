@@ -23,7 +23,7 @@ from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.projectors.base import Projector
 from mmfusion.processing.processor import Processor
-from mmfusion.types import Batch, MediaBatch, ModelOutput
+from mmfusion.types import Batch, MediaBatch, MediaTensors, ModelOutput
 
 
 class AnyToAnyModel(nn.Module):
@@ -85,7 +85,7 @@ class AnyToAnyModel(nn.Module):
 
     def forward(self, batch: Batch) -> ModelOutput:
         embeds, media_tokens, idle = self.embed(batch)
-        hidden = self.llm(embeds, batch.position_ids, batch.cu_seqlens)
+        hidden = self.llm(embeds, batch.position_ids, batch.host.cu_seqlens)
         return ModelOutput(hidden, media_tokens, idle)
 
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -98,30 +98,32 @@ class AnyToAnyModel(nn.Module):
         idle = embeds.new_zeros(())
         media_tokens, valid, slots = {}, {}, {}
         for modality in self.encoders:  # in the recipe's order, the same on every rank
-            media = batch.media[modality]
-            tokens = self._tokens(modality, media)
+            media = batch.host.media[modality]  # counts and slots; the tensors are in batch.media
+            tokens = self._tokens(modality, batch.media[modality].tensors, media, embeds.device)
             if media.idle:
                 idle = idle + 0.0 * tokens.sum()
             placeholder = self.processor().placeholder_ids[modality]
-            fusion.check_placeholders(batch.input_ids, media.slots, placeholder, modality)
+            fusion.check_placeholders(batch.host.input_ids, media.slots, placeholder, modality)
             media_tokens[modality], slots[modality] = tokens, media.slots
             counts = self._checked_counts(modality, media)
             valid[modality] = fusion.valid_tokens(tokens, counts, modality)
         return fusion.scatter(embeds, valid, slots), media_tokens, idle
 
-    def _tokens(self, modality: str, media: MediaBatch) -> Tensor:
+    def _tokens(
+        self, modality: str, tensors: MediaTensors, media: MediaBatch, device: torch.device
+    ) -> Tensor:
         """(N, P, D): the media of one modality, encoded and projected."""
         encoder = self._encoder(modality)
         projector = cast(Projector, self.input_projectors[modality])
         trains = any(p.requires_grad for p in encoder.parameters())
+        longest = int(media.num_features.max())
         needed = projector.reads_features and (self.run_frozen_idle or not media.idle)
         if trains or needed:
             with nullcontext() if trains else torch.no_grad():
-                features = encoder(media.tensors)
+                features = encoder(tensors)
         else:
-            shape = (len(media.num_features), int(media.num_features.max()), encoder.out_dim)
-            features = torch.zeros(shape, device=media.num_features.device)
-        longest = int(media.num_features.max())
+            shape = (len(media.num_features), longest, encoder.out_dim)
+            features = torch.zeros(shape, device=device)
         if len(features) != len(media.num_features) or features.shape[1] < longest:
             raise ValueError(
                 f"{modality}: the encoder gave {tuple(features.shape)}, expected "
@@ -131,7 +133,7 @@ class AnyToAnyModel(nn.Module):
         # A frozen encoder may be kept in a lower precision than its projector trains in.
         dtype = next((p.dtype for p in projector.parameters()), features.dtype)
         valid = fusion.first_n(media.num_features, features.shape[1])
-        return projector(features.to(dtype), valid)
+        return projector(features.to(dtype), valid.to(device, non_blocking=True))
 
     def _checked_counts(self, modality: str, media: MediaBatch) -> Tensor:
         """(N,) placeholder slots of each item, which must be the tokens its projector gives."""

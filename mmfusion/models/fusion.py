@@ -1,5 +1,7 @@
 """Media tokens into their placeholder slots: pure tensor functions, every count checked.
 
+Counts, slots and ids are best on the host: they are compared there, so that nothing waits for the
+accelerator.
 B rows, T tokens of a row, D hidden, N media items of a modality, P tokens of an item (padded), S
 slots.
 """
@@ -31,7 +33,8 @@ def valid_tokens(tokens_NPD: Tensor, num_tokens_N: Tensor, name: str) -> Tensor:
             f"{name}: an item has {longest} placeholder slots, the projector gave "
             f"{tokens_NPD.shape[1]} tokens; Projector.num_tokens and its forward disagree."
         )
-    return tokens_NPD[first_n(num_tokens_N, tokens_NPD.shape[1])]
+    places = first_n(num_tokens_N, tokens_NPD.shape[1]).flatten().nonzero().squeeze(1)
+    return tokens_NPD.flatten(0, 1)[places.to(tokens_NPD.device, non_blocking=True)]
 
 
 def scatter(embeds_BTD: Tensor, tokens_SD: dict[str, Tensor], slots_S: dict[str, Tensor]) -> Tensor:
@@ -67,6 +70,7 @@ def scatter(embeds_BTD: Tensor, tokens_SD: dict[str, Tensor], slots_S: dict[str,
     if len(torch.unique(slots)) != len(slots):
         raise ValueError("two media tokens claim the same placeholder slot.")
     tokens = torch.cat([tokens_SD[name].to(embeds_BTD.dtype) for name in tokens_SD])
+    slots = slots.to(embeds_BTD.device, non_blocking=True)
     return embeds_BTD.flatten(0, 1).index_copy(0, slots, tokens).view(rows, length, width)
 
 

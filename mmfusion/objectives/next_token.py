@@ -36,29 +36,36 @@ class NextToken(Objective):
         self.chunk = chunk
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
-        rows, places = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        segments = batch.segment_ids[rows, places + 1]
-        if not torch.equal(segments, batch.segment_ids[rows, places]) or bool(
-            (batch.labels[:, 0] != IGNORE_INDEX).any()
-        ):
-            raise ValueError(
-                "the first token of a sample is a label, but nothing of that sample comes before "
-                "it; set its label to IGNORE_INDEX."
-            )
-        total, losses_K = chunked_cross_entropy(
-            output.hidden_states[rows, places],
-            batch.labels[rows, places + 1],
-            model.llm.logits,
-            self.chunk,
+        device, num_samples = output.hidden_states.device, len(batch.samples)
+        rows, places, labels, segments = (
+            index.to(device, non_blocking=True) for index in _supervised(batch.host)
         )
-        num_samples = len(batch.samples)
-        per_sample = losses_K.new_zeros(num_samples).index_add(0, segments, losses_K)
+        total, losses_K = chunked_cross_entropy(
+            output.hidden_states[rows, places], labels, model.llm.logits, self.chunk
+        )
+        none = torch.zeros(num_samples, device=device)
         return Loss(
             total=total,
-            count=torch.tensor(len(segments), device=losses_K.device),
-            per_sample=per_sample,
-            per_sample_count=segments.bincount(minlength=num_samples),
+            count=torch.full((), len(segments), device=device),
+            per_sample=none.index_add(0, segments, losses_K),
+            per_sample_count=none.long().index_add(0, segments, torch.ones_like(segments)),
         )
+
+
+def _supervised(host: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each of the K labels: row and place of the hidden state it is predicted from, the label,
+    its sample.
+    """
+    rows, places = (host.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    segments = host.segment_ids[rows, places + 1]
+    if not torch.equal(segments, host.segment_ids[rows, places]) or bool(
+        (host.labels[:, 0] != IGNORE_INDEX).any()
+    ):
+        raise ValueError(
+            "the first token of a sample is a label, but nothing of that sample comes before "
+            "it; set its label to IGNORE_INDEX."
+        )
+    return rows, places, host.labels[rows, places + 1], segments
 
 
 def chunked_cross_entropy(

@@ -154,8 +154,11 @@ def test_a_parcel_keeps_every_kind_of_tensor():
         torch.zeros(0, 4),
         torch.tensor([True, False]),
     ]
-    got = unpack(pack({"tensors": tensors, "other": (1, "x")}))
+    parcel = pack({"tensors": tensors, "other": (1, "x")})
+    got = unpack(parcel)
     assert got["other"] == (1, "x")
+    memory = parcel.block.untyped_storage().data_ptr()
     for one, other in zip(tensors, got["tensors"], strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+        assert other.untyped_storage().data_ptr() == memory  # pinned memory is kept by storage

@@ -152,6 +152,27 @@ def test_counts_that_differ_are_refused(tmp_path: Path) -> None:
         model(replace(batch, media={}))
 
 
+def test_a_training_step_reads_nothing_back_from_the_device(tmp_path: Path) -> None:
+    """On torch's meta device, which has no values to read."""
+    model = tiny_model(tmp_path, PROJECTORS).to("meta")
+    for samples in (SAMPLES, [[5, 6, 7], [8, 9]]):
+        batch = make_batch(model, samples).to("meta")
+        output = model(batch)
+        loss = NextToken()(model, output, batch)
+        (loss.total + output.idle).backward()
+        assert loss.per_sample.device.type == "meta"
+
+
+def test_a_moved_batch_is_checked_as_it_is_now(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, {"image": MLP})
+    batch = make_batch(model, [[("image", b"\1\2\3"), 5, 6]])
+    moved = batch.to(torch.device("cpu"))
+    assert moved.host is batch
+    changed = replace(moved, input_ids=moved.input_ids * 0)
+    with pytest.raises(ValueError, match="0 placeholder tokens in the text, 3 slots"):
+        model(changed)
+
+
 def test_encoders_and_projectors_must_pair(tmp_path: Path) -> None:
     llm = HFCausalLM(save_llm(tmp_path))
     with pytest.raises(ValueError, match="give each modality one of both"):

@@ -165,6 +165,7 @@ class HFCausalLM(LLM):
         if cu_seqlens is None:
             return {}
         longest = int(cu_seqlens.diff().max())
+        cu_seqlens = cu_seqlens.to(embeds.device, non_blocking=True)
         return {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
