@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from mmfusion.types import Batch
 
 logger = logging.getLogger(__name__)
 
-_MIN_SAMPLES = 100
-"""Samples to see before the share of bad ones can stop a run."""
+_MIN_SAMPLES = (20, 100)
+"""Samples to see before the share of bad ones can stop a run: the second number, or as many as the
+source has, but not fewer than the first."""
 
 
 class BadDataError(ValueError):
@@ -47,6 +50,7 @@ class StreamStateCallback(L.Callback):
         self._path = Path(quarantine)
         self._data: MultimodalData | None = None
         self._pending = _Pending()
+        self._recent: deque[BadSample] = deque(maxlen=20)
         self._lengths: list[int | None] = []
         self._started = False
         self._last_step = 0
@@ -94,10 +98,11 @@ class StreamStateCallback(L.Callback):
             )
         loop = trainer.fit_loop.epoch_loop
         done = state.step * trainer.accumulate_grad_batches
-        progress: Any = loop.batch_progress.current
-        progress.ready = progress.started = progress.processed = done
-        # Lightning itself completes the micro-batch in whose end hook the checkpoint was saved.
-        progress.completed = done - loop.restarted_on_train_batch_end
+        batches: Any = loop.batch_progress
+        for progress in (batches.current, batches.total):  # validation is due by the total
+            progress.ready = progress.started = progress.processed = done
+            # Lightning itself completes the micro-batch in whose end hook it saved.
+            progress.completed = done - loop.restarted_on_train_batch_end
         self._started, self._last_step = True, state.step
         if trainer.is_global_zero:
             self._drop_listed(state.step)
@@ -125,17 +130,22 @@ class StreamStateCallback(L.Callback):
         self._last_step = trainer.global_step
         self._stream.commit(record)
         self._pending.add(record)
-        self._check_bad()
+        self._recent.extend(record.bad)
+        if trainer.world_size == 1:
+            self._check_bad(_rows(self._stream.counts))
         self._stop_at_end(trainer)
         every: int = getattr(trainer, "log_every_n_steps")  # noqa: B009 (set by a connector)
         if every and trainer.global_step % every == 0:
-            self._log(trainer, pl_module)
+            rows = self._all_rows(trainer)
+            self._log(pl_module, rows)
+            self._check_bad(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all ranks' lanes. Called on every rank when a checkpoint is saved."""
         if self._data is None:
             return {}
         self._gather()
+        self._check_bad(_rows(self._stream.counts))
         return self._stream.to_json()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -163,7 +173,6 @@ class StreamStateCallback(L.Callback):
             for other in (x for rank, x in enumerate(everyone) if rank != dist.get_rank()):
                 self._stream.absorb(other.lanes, other.counts)
         self._pending = _Pending()
-        self._check_bad()
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._list([entry for pending in everyone for entry in pending.bad])
 
@@ -188,22 +197,27 @@ class StreamStateCallback(L.Callback):
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, self._path)
 
-    def _check_bad(self) -> None:
-        """Stop where too many samples are bad (of all ranks at the last checkpoint, and of this
-        rank since).
+    def _check_bad(self, rows: dict[str, list[int]]) -> None:
+        """Stop where too many samples of a source, or of all, are bad. Called with the same counts
+        on every rank, so that all of them stop.
         """
         assert self._data is not None
-        counts = self._stream.counts
-        bad = sum(sum(c.bad.values()) for c in counts.values())
-        total = bad + sum(c.seen for c in counts.values())
-        if total < _MIN_SAMPLES or bad <= self._data.max_bad_fraction * total:
+        sizes = {source.name: source.n for source in self._stream.spec.sources}
+        few, enough = _MIN_SAMPLES
+        whole = [sum(column) for column in zip(*rows.values(), strict=True)]
+        for name, (seen, _, bad) in {**rows, "all sources": whole}.items():
+            least = max(few, min(sizes.get(name, enough), enough))
+            if seen + bad >= least and bad > self._data.max_bad_fraction * (seen + bad):
+                break
+        else:
             return
-        reasons = {name: c.bad for name, c in counts.items() if c.bad}
-        recent = "\n".join(str(sample) for _, sample in self._pending.bad[-20:])
+        self._gather()
+        reasons = {source: c.bad for source, c in self._stream.counts.items() if c.bad}
+        recent = "\n".join(map(str, self._recent))
         raise BadDataError(
-            f"{bad} of {total} samples are unusable ({reasons}), at most "
-            f"{self._data.max_bad_fraction:.3g} of them may be (data.max_bad_fraction). Earlier "
-            f"ones are listed in {self._path}, the last ones are:\n{recent}"
+            f"{name}: {bad} of {seen + bad} samples are unusable (so far {reasons}), at most "
+            f"{self._data.max_bad_fraction:.3g} of them may be (data.max_bad_fraction). All are "
+            f"listed in {self._path}, the last ones of this process are:\n{recent}"
         )
 
     def _stop_at_end(self, trainer: L.Trainer) -> None:
@@ -216,22 +230,28 @@ class StreamStateCallback(L.Callback):
             logger.info("the data are used up after step %d", self._stream.step)
             trainer.should_stop = True
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts of all ranks."""
-        state, pending = self._stream, self._pending
-        names = list(state.counts)
-        mine = torch.tensor([_row(pending.counts.get(name, SourceCounts())) for name in names])
+    def _all_rows(self, trainer: L.Trainer) -> dict[str, list[int]]:
+        """Counts of all ranks: what this one knows, and what the others added since."""
+        known, pending = self._stream.counts, self._pending.counts
+        mine = torch.tensor(
+            list(_rows({n: pending.get(n, SourceCounts()) for n in known}).values())
+        )
         total = trainer.strategy.reduce(mine.to(trainer.strategy.root_device), reduce_op="sum")
-        for name, others in zip(names, (total.cpu() - mine).tolist(), strict=True):
-            for what, here, there in zip(_COLUMNS, _row(state.counts[name]), others, strict=True):
-                pl_module.log(f"data/{name}/{what}", float(here + there), rank_zero_only=False)
+        all_of = torch.tensor(list(_rows(known).values())) + total.cpu() - mine
+        return dict(zip(known, all_of.tolist(), strict=True))
+
+    def _log(self, pl_module: L.LightningModule, rows: dict[str, list[int]]) -> None:
+        for name, row in rows.items():
+            for what, count in zip(_COLUMNS, row, strict=True):
+                pl_module.log(f"data/{name}/{what}", float(count), rank_zero_only=False)
 
 
 _COLUMNS = ("samples", "tokens", "bad")
 
 
-def _row(counts: SourceCounts) -> list[int]:
-    return [counts.seen, counts.tokens, sum(counts.bad.values())]
+def _rows(counts: Mapping[str, SourceCounts]) -> dict[str, list[int]]:
+    """The columns of each source."""
+    return {name: [c.seen, c.tokens, sum(c.bad.values())] for name, c in counts.items()}
 
 
 @dataclass

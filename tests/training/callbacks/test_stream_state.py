@@ -192,12 +192,60 @@ def test_bad_samples_are_listed_once_also_after_steps_are_taken_again(folders, t
     assert {row["key"] for row in rows} == {"00003", "00011"}
 
 
+def listed(folder) -> list[tuple[str, int]]:
+    """(source, index) of the quarantine file's lines."""
+    rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    return [(row["source"], row["index"]) for row in rows]
+
+
 def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path):
     bad = dict.fromkeys(range(0, 150, 2), "odd")
     folder = {"half": write_source(tmp_path / "half", 150, bad=bad, words=4)}
+    data = make_data(folder)
     with pytest.raises(BadDataError, match=r"of \d+ samples are unusable .*'odd'(.|\n)*made to be"):
-        fit(make_data(folder), tmp_path, 100)
+        fit(data, tmp_path, 100)
+    there = listed(tmp_path)
+    assert len(there) == data.state.counts["half"].bad["odd"] >= 40
+    assert {index % 2 for _, index in there} == {0}
     fit(make_data(folder, max_bad_fraction=0.6), tmp_path, 40)
+
+
+def test_a_small_source_of_bad_samples_stops_the_run_though_all_together_are_few(tmp_path):
+    bad = dict.fromkeys(range(24), "odd")
+    folders = {
+        "good": write_source(tmp_path / "good", 600, words=1, images=False),
+        "small": write_source(tmp_path / "small", 24, bad=bad),
+    }
+    data = make_data(folders, epochs=1)
+    with pytest.raises(BadDataError, match=r"^small: 2\d of 2\d samples are unusable"):
+        fit(data, tmp_path)
+    assert {source for source, _ in listed(tmp_path)} == {"small"}
+    assert data.state.counts["good"].seen > 19 * 24  # all together within the limit
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_validation_keeps_its_steps_after_a_resume_with_other_micro_batches(
+    folders, tmp_path, before
+):
+    class Validated(Recorder):
+        def on_validation_start(self):
+            self.validated.append((self.trainer.global_step, len(self.steps)))
+
+    def run(per_micro_batch, max_steps, resume=None):
+        data = make_data(folders, packs_per_micro_batch=per_micro_batch)
+        data.val_sources = data.sources
+        data.val_limit = 1
+        every = 2 * data.micro_batches_per_step(1)
+        arguments = {"val_check_interval": every, "check_val_every_n_epoch": None}
+        module, trainer, _ = fit(
+            data, tmp_path, max_steps, resume, Validated(), num_sanity_val_steps=0, **arguments
+        )
+        return [step for step, *_ in module.validated if isinstance(step, int)], trainer
+
+    steps, trainer = run(before, 3)
+    assert steps == [2]
+    trainer.save_checkpoint(tmp_path / "3.ckpt")
+    assert run(3 - before, 8, tmp_path / "3.ckpt")[0] == [4, 6, 8]
 
 
 def resume_with(folders, tmp_path, other) -> None:

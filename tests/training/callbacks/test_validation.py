@@ -50,6 +50,7 @@ def validate(recipe: Path, callback: Validation) -> tuple[dict[str, float], Any,
         enable_checkpointing=False,
     )
     (figures,) = trainer.validate(module, data, verbose=False)
+    module.eval()  # Lightning puts back the mode it found
     return dict(figures), module, data
 
 
