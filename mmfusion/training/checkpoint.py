@@ -7,6 +7,7 @@ plain tensors, numbers and strings: loading one from a stranger runs no code.
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mmfusion.data.whole_file import write_whole
 
 FOLDER = "checkpoints"
 LATEST = "latest"
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+"""Types of values that are read without running code, beside tensors and their containers."""
 UNFINISHED = ".*.tmp"
 """What a killed save leaves behind."""
 REQUIRED_KEYS = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states")
@@ -30,7 +33,12 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write ``checkpoint`` aside, flush it, rename it to ``path``."""
+        """Write ``checkpoint`` aside, flush it, rename it to ``path``.
+
+        Raises:
+            ValueError: where it holds a value that could not be read back without running code.
+        """
+        _check_plain(checkpoint, "")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with write_whole(str(path)) as file:
             torch.save(checkpoint, file)
@@ -49,6 +57,21 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint file, refusing anything but plain data."""
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def _check_plain(value: Any, key: str) -> None:
+    if type(value) in (dict, OrderedDict, defaultdict):
+        for name, item in value.items():
+            _check_plain(name, key)
+            _check_plain(item, f"{key}.{name}" if key else str(name))
+    elif type(value) in (list, tuple, set, torch.Size):
+        for item in value:
+            _check_plain(item, key)
+    elif not isinstance(value, Tensor) and type(value) not in PLAIN:
+        raise ValueError(
+            f"the checkpoint's {key} holds a {type(value).__module__}.{type(value).__qualname__}; "
+            "expected tensors, numbers, strings, lists and dicts. Return such from state_dict()."
+        )
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -72,7 +95,8 @@ def trained_names(module: nn.Module) -> set[str]:
 
 def kept_state(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """The entries to save, without the rest of a larger storage that an entry is a view of."""
-    return {name: _compact(state[name]) for name in state if name in set(names)}
+    kept = set(names)
+    return {name: _compact(state[name]) for name in state if name in kept}
 
 
 def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> set[str]:

@@ -7,6 +7,7 @@ warning where there is none, and crashes on a torn file.
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -81,6 +82,8 @@ def why_incomplete(path: str | Path) -> str | None:
             if damaged := archive.testzip():
                 return f"checksum of {damaged} differs"
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return "holds objects that only their code could read"
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         return f"cannot be read ({str(error).splitlines()[0]})"
     if missing := [key for key in REQUIRED_KEYS if key not in content]:

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,13 +43,26 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
     assert read_checkpoint(path)["state_dict"]["rows"].shape == (2, 8)
 
 
-def test_an_error_while_saving_leaves_the_old_file_and_no_rest(tmp_path):
+def fill_the_disk(content, file):
+    file.write(b"half")
+    raise OSError("disk full")
+
+
+def test_an_error_while_saving_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "c.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, path)
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        AtomicCheckpointIO().save_checkpoint({"a": lambda: None}, path)
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="disk full"):
+        AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert read_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c.ckpt"]
+
+
+def test_a_value_that_could_not_be_read_back_is_refused_by_its_key(tmp_path):
+    state = {"seen": [1, {"what": Path("x")}], "fine": torch.Size([2])}
+    with pytest.raises(ValueError, match=r"callbacks\.mine\.seen\.what holds a pathlib"):
+        AtomicCheckpointIO().save_checkpoint({"callbacks": {"mine": state}}, tmp_path / "c.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 class Evil:

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,11 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [torn, flipped, empty])
+def with_an_object(path):
+    torch.save({**torch.load(path), "extra": Path("x")}, path)
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, empty, with_an_object])
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, caplog):
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
     damage(bad)
