@@ -75,7 +75,8 @@ class Frozen(Policy):
 
 
 class Full(Policy):
-    """Every parameter of the part trains.
+    """Every parameter of the part trains, in fp32: where the part is bf16, small updates would be
+    lost.
 
     Args:
         lr: peak learning rate.
@@ -89,7 +90,7 @@ class Full(Policy):
         parameters = dict(part.named_parameters())
         if not parameters:
             raise TuningError(f"tuning.{name}: the part has no parameters to train.")
-        return parameters
+        return _in_fp32(parameters)
 
 
 class LoRA(Policy):
@@ -301,7 +302,7 @@ def audit(
 
     Raises:
         TuningError: where nothing trains, what trains is not what the optimizer holds, or new
-            tokens neither train nor were loaded.
+            tokens, an input projector or adapters neither train nor were loaded.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     held = {parameter for group in groups for parameter in group["params"]}
@@ -318,6 +319,7 @@ def audit(
             f"{odd[:5]}; nothing may change requires_grad after tuning.apply."
         )
     _check_new_tokens(model, loaded)
+    _check_not_random(model, loaded)
     parts = [
         *((f"encoders.{name}", module) for name, module in model.encoders.items()),
         *((f"input_projectors.{name}", module) for name, module in model.input_projectors.items()),
@@ -356,6 +358,23 @@ def _check_new_tokens(model: AnyToAnyModel, loaded: Collection[str]) -> None:
         raise TuningError(
             f"the LLM has {len(ids)} new tokens, but their rows neither train nor were loaded from "
             "init_from; add mmfusion.tuning.NewTokens to tuning.llm, or drop new_tokens."
+        )
+
+
+def _check_not_random(model: AnyToAnyModel, loaded: Collection[str]) -> None:
+    """Input projectors and adapters start at random: they must train or come from ``init_from``."""
+    noise = [
+        name
+        for name, parameter in model.named_parameters()
+        if (name.startswith("input_projectors.") or ".lora_" in name)
+        and not parameter.requires_grad
+        and name not in loaded
+    ]
+    if noise:
+        raise TuningError(
+            f"{len(noise)} random parameters neither train nor were loaded from init_from: "
+            f"{noise[:4]}. Name their part in tuning, or give the run that trained it as "
+            "model.init_from."
         )
 
 
@@ -405,7 +424,7 @@ def _parameters_with(text: str, part: nn.Module) -> Named:
 
 
 def _in_fp32(parameters: Named) -> Named:
-    """Adapters in half precision lose small updates."""
+    """In half precision what trains loses small updates."""
     for parameter in parameters.values():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

@@ -16,6 +16,7 @@ from mmfusion.tuning import Frozen, Full, LoRA, NewTokens, TuningError
 from tests.models.tiny import make_batch, save_llm, tiny_model
 
 SAMPLES = [[("image", b"\1\2"), 5, 6, 7], [8, 9, 10]]
+AUDIO = {f"input_projectors.audio.{n}" for n, _ in MLP(8, 32).named_parameters()}
 FULL = {"input_projectors": Full(lr=1e-3)}
 
 
@@ -105,10 +106,26 @@ def test_new_rows_start_at_the_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(rows[40:], old[:40].mean(0).expand(30, -1))
 
 
+def test_a_bf16_part_that_trains_wholly_does_so_in_fp32(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, {"image": MLP}, dtype="bfloat16")
+    groups = tuning.apply(model, {**FULL, "llm": Full(1e-4)})
+    assert {p.dtype for group in groups for p in group["params"]} == {torch.float32}
+    step(model, groups)
+
+
+def test_a_projector_neither_trained_nor_loaded_is_refused(tmp_path: Path) -> None:
+    """As where a later stage adds a modality that stage 1 never had."""
+    model = tiny_model(tmp_path, {"image": MLP, "audio": MLP})
+    groups = tuning.apply(model, {"input_projectors.image": Full(1e-3)})
+    with pytest.raises(TuningError, match=r"4 random parameters .*input_projectors\.audio"):
+        tuning.audit(model, groups)
+    tuning.audit(model, groups, loaded=AUDIO)
+
+
 def test_audit_shows_each_part(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, {"image": MLP, "audio": MLP}, dtype="bfloat16")
     groups = tuning.apply(model, {"input_projectors.image": Full(1e-3), "llm": LoRA(2e-4, r=2)})
-    table = tuning.audit(model, groups)
+    table = tuning.audit(model, groups, loaded=AUDIO)
     rows = {row.part: row for row in table.rows}
     assert list(rows) == [
         "encoders.image",
