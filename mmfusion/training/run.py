@@ -32,7 +32,8 @@ from typing import Any, Literal
 import lightning as L
 import yaml
 
-from mmfusion.training.checkpoint import FOLDER, UNFINISHED, replace_text
+from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
+from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import STEP_NAME, by_step
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -48,20 +49,20 @@ FREE_KEYS = (
     "wandb_project",
     "timeout_minutes",
     "data.num_workers",
-    "data.packs_per_micro_batch",
+    "data.worker_start",
+    "data.val_sources",
+    "data.val_limit",
     "trainer.accelerator",
     "trainer.strategy",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.logger",
-    "trainer.callbacks",
     "trainer.max_time",
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.profiler",
     "trainer.benchmark",
     "trainer.detect_anomaly",
-    "trainer.plugins",
     "trainer.limit_val_batches",
     "trainer.val_check_interval",
 )
@@ -113,8 +114,16 @@ class RunDirectory:
         """Write the recipe and begin the next attempt (on rank 0 only).
 
         Raises:
-            ValueError: where another process is writing this run.
+            ValueError: where another process is writing this run, or the recipe holds a key, token
+                or password, which would be written to ``config.yaml``.
         """
+        shown = dict(_flatten(hide_secrets(recipe)))
+        if secret := [key for key, value in _flatten(recipe) if shown.get(key) != value]:
+            raise ValueError(
+                f"{', '.join(secret)}: a key, token or password in a recipe would be written to "
+                f"{self.config} and to the loggers; give it by an environment variable (HF_TOKEN, "
+                "WANDB_API_KEY) instead."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         for torn in self.checkpoints.glob(UNFINISHED):
@@ -153,6 +162,8 @@ class RunDirectory:
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         if newer:
+            latest, left = self.checkpoints / LATEST, by_step(self.checkpoints)
+            replace_text(latest, left[-1].name + "\n") if left else latest.unlink(missing_ok=True)
             log = logging.getLogger(__name__)
             log.warning(
                 "%d checkpoints beyond step %d moved to %s", len(newer), after_step, target.parent

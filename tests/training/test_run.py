@@ -71,9 +71,29 @@ def test_machine_and_logging_may_change(tmp_path):
     run = with_checkpoint(RunDirectory(tmp_path), 1)
     with run.open(RECIPE):
         pass
-    run.check_recipe(
-        {"trainer": {"max_steps": 10, "devices": 8}, "data": {"seed": 0, "num_workers": 4}}
-    )
+    data = {"seed": 0, "num_workers": 4, "val_limit": 5, "val_sources": {"v": {"shards": "x"}}}
+    run.check_recipe({"trainer": {"max_steps": 10, "devices": 8}, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("data", "packs_per_micro_batch"), ("trainer", "plugins"), ("trainer", "callbacks")],
+)
+def test_what_may_change_losses_may_not_change(tmp_path, section, key):
+    """Dropout masks differ with the micro-batch; plugins and callbacks may do anything."""
+    run = with_checkpoint(RunDirectory(tmp_path), 1)
+    with run.open(RECIPE):
+        pass
+    with pytest.raises(ValueError, match=f"{section}.{key}"):
+        run.check_recipe({**RECIPE, section: {**RECIPE[section], key: 2}})
+
+
+def test_a_recipe_with_a_token_is_refused_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "abcdefgh12345")
+    secret = {"model": {"token": "x", "path": "hf_" + "a1" * 15, "note": "is abcdefgh12345"}}
+    with pytest.raises(ValueError, match=r"model.token, model.path, model.note: a key, token"):
+        RunDirectory(tmp_path / "run").open({**RECIPE, **secret})
+    assert not (tmp_path / "run").exists()
 
 
 def test_before_the_first_checkpoint_any_recipe_may_start(tmp_path):
@@ -86,8 +106,11 @@ def test_before_the_first_checkpoint_any_recipe_may_start(tmp_path):
 def test_checkpoints_beyond_the_start_are_set_aside_not_mixed(tmp_path):
     run = with_checkpoint(RunDirectory(tmp_path), 2, 4, 6)
     with run.open(RECIPE) as attempt:
+        (run.checkpoints / "latest").write_text("step-00000006.ckpt\n")
         run.set_aside(2, attempt)
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000002.ckpt"]
+    there = sorted(path.name for path in run.checkpoints.iterdir())
+    assert there == ["latest", "step-00000002.ckpt"]
+    assert (run.checkpoints / "latest").read_text() == "step-00000002.ckpt\n"
     aside = attempt.path / "earlier_checkpoints"
     assert sorted(p.name for p in aside.iterdir()) == ["step-00000004.ckpt", "step-00000006.ckpt"]
 
