@@ -17,20 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from mmfusion.cli import from_recipe
+from mmfusion.cli import load_module
 from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generation import generate
 from mmfusion.objectives.next_token import NextToken
-from mmfusion.paths import expand
-from mmfusion.training.checkpoint import load_kept, read_checkpoint
-from mmfusion.training.module import MultimodalModule
-from mmfusion.training.resume import by_step, complete_checkpoint
-from mmfusion.training.run import RunDirectory
 from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
 
 Content = str | Sequence[str | Text | Media | Mapping[str, Any]]
@@ -49,7 +43,7 @@ def load(
         run_dir: a run directory.
         step: the checkpoint of this step; None takes the newest complete one.
         device: where to run; None takes a GPU where there is one.
-        dtype: of all weights; None keeps the recipe's.
+        dtype: of all weights and statistics; None keeps the recipe's. Positions stay in fp32.
 
     Raises:
         FileNotFoundError: where there is no such run or checkpoint.
@@ -57,40 +51,11 @@ def load(
     model = load_module(run_dir, step).model
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Chat(model.to(device=device, dtype=dtype) if dtype else model.to(device))
-
-
-def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
-    """The module of a run as its checkpoint left it, built from ``config.yaml``.
-
-    Raises:
-        FileNotFoundError: where there is no such run or checkpoint.
-    """
-    run = RunDirectory(Path(expand(run_dir)))
-    if not run.config.is_file():
-        raise FileNotFoundError(
-            f"{run.path} is no run directory: it has no config.yaml. Give the directory that "
-            "`mmfusion fit` wrote (run_dir in the recipe)."
-        )
-    checkpoint = _checkpoint(run, step)
-    with isolate_rng():
-        module, _ = from_recipe(str(run.config))
-        module.init_from = None  # what came from there is in the checkpoint
-        module.configure_model()
-    state = read_checkpoint(checkpoint)["state_dict"]
-    module.check_names(set(state))
-    load_kept(module, state, str(checkpoint))
-    return module
-
-
-def _checkpoint(run: RunDirectory, step: int | None) -> Path:
-    if step is None:
-        return complete_checkpoint(run.path, "loading")
-    path = run.checkpoints / f"step-{step:08d}.ckpt"
-    if not path.is_file():
-        there = [int(found.stem.removeprefix("step-")) for found in by_step(run.checkpoints)]
-        raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
-    return complete_checkpoint(path, "loading")
+    if dtype is not None:
+        for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+    return Chat(model.to(device))
 
 
 class Chat:
@@ -229,7 +194,7 @@ class Chat:
         """One packed row on the model's device, media in the encoders' dtype."""
         device = next(self.model.parameters()).device
         named = [replace(one, ref=SampleRef("", 0, index)) for index, one in enumerate(encoded)]
-        batch = collate(named, self.processor).to(device)
+        batch: Batch = collate(named, self.processor).to(device)
         for modality, media in batch.media.items():
             floats = (p for p in self.model.encoders[modality].parameters())
             dtype = next((p.dtype for p in floats if p.is_floating_point()), torch.float32)
@@ -237,7 +202,7 @@ class Chat:
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in media.tensors.items()
             }
-        return cast(Batch, batch)
+        return batch
 
 
 def conversation(messages: Conversation) -> list[Message]:

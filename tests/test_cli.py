@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from mmfusion.cli import TOOLS, from_recipe, load_module, main, usage
+from mmfusion.training.command import RecipeCommand
 from tests.training.tiny import write_recipe
 
 
@@ -53,6 +55,7 @@ def test_an_unknown_command_gets_a_suggestion(args, hint, capsys):
     [
         ("trainr__max_steps", 3, "trainr.max_steps", "trainer.max_steps"),
         ("run_dirr", "x", "run_dirr", "run_dir"),
+        ("model__tunin", {}, "model.tunin", "model.tuning"),
         ("model__tunin__llm", "x", "tunin.llm", "tuning"),
         ("model__llm__init_args__paht", "x", "paht", "path"),
         ("data__sources__train__wieght", 2, "wieght", "weight"),
@@ -83,6 +86,7 @@ def test_a_shortened_option_is_not_guessed(recipe, capsys):
         (["--data.sources.train.shards=nowhere/*.tar"], "nowhere"),
         (["--checkpoint.keep_last=1"], "keep_last"),
         (["--trainer.max_steps=-1"], "trainer.max_steps"),
+        (["--trainer.precision=bf16-true"], "use bf16-mixed"),
     ],
 )
 def test_a_mistake_is_one_message(recipe, args, said, tmp_path, capsys):
@@ -111,6 +115,24 @@ def test_print_config_can_be_run_again(recipe, tmp_path, capsys):
     module, data = from_recipe(str(tmp_path / "printed.yaml"))
     assert yaml.safe_load(text)["data"]["seed"] == data.seed == 5
     assert module.seed == 0
+
+
+class OnlyMade(RecipeCommand):
+    """Makes the trainer and does not train."""
+
+    def fit(self):
+        pass
+
+
+def test_slurm_does_not_requeue_by_itself(recipe, monkeypatch):
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    made = OnlyMade("fit", ["-c", str(recipe), "--trainer.strategy=ddp"])
+    environment = made.trainer.strategy.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
 
 
 def test_from_recipe_reads_no_weights_and_no_shards(recipe):

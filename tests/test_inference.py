@@ -50,6 +50,15 @@ def greedy(chat: Chat, messages: list[Message], steps: int) -> str:
     return chat.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def test_another_dtype_is_that_of_the_weights_not_of_the_positions(run_dir: Path) -> None:
+    chat = mmfusion.load(run_dir, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in chat.model.parameters()} == {torch.bfloat16}
+    buffers = {name: b.dtype for name, b in chat.model.named_buffers() if "inv_freq" in name}
+    assert buffers
+    assert set(buffers.values()) == {torch.float32}
+    assert chat.generate(PROMPTS[0], max_new_tokens=3)
+
+
 @torch.no_grad()
 def test_generation_with_cache_equals_full_recompute(chat: Chat) -> None:
     answers = [chat.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]

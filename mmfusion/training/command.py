@@ -9,18 +9,24 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import lightning as L
+import torch
 import yaml
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from mmfusion.data.datamodule import MultimodalData
+from mmfusion.paths import expand
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.callbacks.monitor import Monitor
@@ -29,19 +35,19 @@ from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.resume import complete_checkpoint, find
+from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
 
 log = logging.getLogger(__name__)
 
-RESUME_FROM = "MMFUSION_RESUME_FROM"
-"""How rank 0 tells the processes it starts which checkpoint it chose."""
+RESUME_FROM, INIT_FROM = "MMFUSION_RESUME_FROM", "MMFUSION_INIT_FROM"
+"""How rank 0 tells the processes it starts which checkpoints it chose."""
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
     "use_distributed_sampler": False,
     "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
+    "log_every_n_steps": 10 if torch.cuda.is_available() else 1,  # each waits for the GPU
     "enable_model_summary": False,
     "accelerator": "auto",
 }
@@ -129,8 +135,11 @@ class RecipeCommand(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then fill in the run directory."""
         self.config = parser.parse_args(args)
+        recipes = self.config.get("config") or []
+        for recipe in recipes:
+            if key := _ignored_key(yaml.safe_load(Path(str(recipe)).read_text()), self.config):
+                parser.error(f"{recipe}: Option '{key}' is not accepted")
         if not self.config.run_dir:
-            recipes = self.config.get("config") or []
             name = Path(str(recipes[0])).stem if recipes else "unnamed"
             self.config.run_dir = str(Path("runs") / name)
 
@@ -142,6 +151,16 @@ class RecipeCommand(LightningCLI):
         given = dict(config.trainer)
         given["default_root_dir"] = config.run_dir
         given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            given["plugins"].append(
+                SLURMEnvironment(auto_requeue=False)
+            )  # saving and exit are ours
+        precision = str(given.get("precision"))
+        if precision.endswith("-true") and precision != "32-true":
+            raise RecipeError(
+                f"trainer.precision is {precision}, which rounds positions and loses small "
+                "updates; use bf16-mixed (parts are loaded in their own dtype)."
+            )
         given["logger"] = self._own_loggers() or False
         callbacks = _as_list(given.get("callbacks"))
         kinds = {type(callback) for callback in callbacks}
@@ -179,8 +198,15 @@ class RecipeCommand(LightningCLI):
         leads = _rank() == 0
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
-        start = self._agree(run)
-        step = int(read_checkpoint(start, "meta")["global_step"]) if start else 0
+        start = self._agree(RESUME_FROM, lambda: find(run.path, self.config.resume))
+        step = 0
+        if start:
+            checkpoint = read_checkpoint(start, "meta")
+            step = int(checkpoint["global_step"])
+            self.model.resume(checkpoint["state_dict"])
+        elif earlier := self.model.init_from:
+            chosen = self._agree(INIT_FROM, lambda: complete_checkpoint(earlier, "model.init_from"))
+            self.model.init_from = str(chosen)
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         with run.open(recipe) if leads else nullcontext() as attempt:
             if attempt is not None:
@@ -216,28 +242,28 @@ class RecipeCommand(LightningCLI):
     def _load_run(self) -> None:
         """Give the model the run's trained weights."""
         run = RunDirectory(self.config.run_dir)
-        start = self._agree(run)
+        start = self._agree(RESUME_FROM, lambda: find(run.path, self.config.resume))
         if start is None:
             log.info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
             return
         self.model.restore(start)
         log.info(f"weights of {start}")
 
-    def _agree(self, run: RunDirectory) -> Path | None:
-        """The checkpoint to start from; rank 0 chooses for all.
+    def _agree(self, variable: str, choose: Callable[[], Path | None]) -> Path | None:
+        """What rank 0 chooses, for all.
 
         Processes that Lightning starts are told by the environment, those of torchrun or Slurm
         through the process group.
         """
-        if _rank() != 0 and RESUME_FROM in os.environ:
-            return Path(chosen) if (chosen := os.environ[RESUME_FROM]) else None
-        start = find(run.path, self.config.resume) if _rank() == 0 else None
+        if _rank() != 0 and variable in os.environ:
+            return Path(chosen) if (chosen := os.environ[variable]) else None
+        start = choose() if _rank() == 0 else None
         chosen = str(start) if start else ""
         if self._started_from_outside():
             self.trainer.strategy.setup_environment()
             chosen = self.trainer.strategy.broadcast(chosen)
         else:
-            os.environ[RESUME_FROM] = chosen
+            os.environ[variable] = chosen
         return Path(chosen) if chosen else None
 
     def _started_from_outside(self) -> bool:
@@ -289,14 +315,35 @@ def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalMod
     Raises:
         FileNotFoundError: where there is no such run or checkpoint.
     """
-    run = RunDirectory(run_dir)
+    run = RunDirectory(expand(run_dir))
     if not run.config.is_file():
-        raise FileNotFoundError(f"{run.path} is not a run directory: it has no {run.config.name}.")
+        raise FileNotFoundError(
+            f"{run.path} is not a run directory: it has no {run.config.name}. Give the directory "
+            "that `mmfusion fit` wrote (run_dir in the recipe)."
+        )
     chosen = run.path if step is None else run.checkpoints / f"step-{step:08d}.ckpt"
-    path = complete_checkpoint(chosen, "the run")
-    module, _ = parts_of_recipe(str(run.config))
-    module.restore(path)
+    if step is not None and not chosen.is_file():
+        there = [int(path.stem.removeprefix("step-")) for path in by_step(run.checkpoints)]
+        raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
+    path = complete_checkpoint(chosen, "loading")
+    with isolate_rng():
+        module, _ = parts_of_recipe(str(run.config))
+        module.restore(path)
     return module
+
+
+def _ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
+    """The first key of a recipe that the parser left out without a word, as it does with unknown
+    ones whose value is empty.
+    """
+    if not isinstance(given, Mapping) or not isinstance(parsed, (Namespace, Mapping)):
+        return None
+    for key, value in given.items():
+        if key not in parsed:
+            return f"{above}{key}" if value in ({}, None) else None
+        if found := _ignored_key(value, parsed[key], f"{above}{key}."):
+            return found
+    return None
 
 
 def with_suggestion(message: str, keys: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,9 @@ from mmfusion.types import Batch, BatchSample
 
 log = logging.getLogger(__name__)
 
+RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
+"""Options of an optimizer group that the recipe gives, also to a resumed run."""
+
 
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
     """AdamW as LLMs are trained with; rates and weight decays come from the tuning policies."""
@@ -59,7 +63,9 @@ class MultimodalModule(L.LightningModule):
         schedule: learning rate by optimizer step.
         init_from: an earlier run (or one of its checkpoints) whose trained weights this one starts
             from.
-        compile: compile the LLM with torch.compile.
+        init_drop: parts of that run (``llm``, ``input_projectors.audio``) whose weights are left
+            behind; any other weight without a place here is refused.
+        compile: compile the LLM's layers with torch.compile (on a CPU this needs a C++ compiler).
         seed: of new weights and of dropout; None takes ``seed_everything``.
     """
 
@@ -73,6 +79,7 @@ class MultimodalModule(L.LightningModule):
         optimizer: OptimizerCallable = adamw,
         schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
         init_from: str | None = None,
+        init_drop: list[str] | None = None,
         compile: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -85,6 +92,7 @@ class MultimodalModule(L.LightningModule):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.init_from = init_from
+        self.init_drop = init_drop or []
         self.compile_llm = compile
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.inherited: set[str] = set()
@@ -94,7 +102,12 @@ class MultimodalModule(L.LightningModule):
         """The optimizer's groups, once the model is built."""
         self.audit: tune.AuditTable | None = None
         """What trains; made before the optimizer."""
+        self.flags: dict[str, Callable[[], int]] = {}
+        """What callbacks want summed over the ranks once a step, together with its targets."""
+        self.agreed: dict[str, Tensor] = {}
+        """The sums of :attr:`flags` as they were when the step began, the same on every rank."""
         self._built = self._fitting = False
+        self._options: list[dict[str, Any]] = []
         self._step_targets = torch.zeros((), dtype=torch.int64)
         self._step_losses: dict[str, Tensor] = {}
         self._step_samples: list[BatchSample] = []
@@ -112,7 +125,7 @@ class MultimodalModule(L.LightningModule):
         if self.init_from:
             self._load_earlier(self.init_from)
         if self.compile_llm:
-            self.model.llm.compile(dynamic=True)
+            self.model.llm.compile_layers()
         self._built = True
         if self._fitting:
             loaded = {name.removeprefix("model.") for name in self.inherited}
@@ -120,20 +133,58 @@ class MultimodalModule(L.LightningModule):
 
     def _load_earlier(self, init_from: str) -> None:
         path = complete_checkpoint(init_from, "model.init_from")
-        state = read_checkpoint(path)["state_dict"]
+        state = self._without_dropped(read_checkpoint(path)["state_dict"], path)
         self.inherited = load_kept(self, state, str(path))
         log.info("%d tensors from %s", len(self.inherited), path)
         if unused := unused_names(self, state):
-            log.warning("%d tensors of %s have no place here: %s", len(unused), path, unused)
+            raise ValueError(
+                f"{len(unused)} trained tensors of {path} have no place here: {unused[:4]}. Add "
+                "the parts and adapters they belong to (mmfusion.tuning.LoRA with train: false "
+                "keeps adapters frozen), or leave their part behind by model.init_drop."
+            )
+
+    def _without_dropped(self, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+        for part in self.init_drop:
+            left = {name: state[name] for name in state if not name.startswith(f"model.{part}.")}
+            if len(left) == len(state):
+                raise ValueError(
+                    f"model.init_drop names {part!r}, but {path} has no weights of it; it has "
+                    f"{sorted(state)[:4]}."
+                )
+            state = left
+        return state
+
+    def resume(self, names: Iterable[str]) -> None:
+        """Call before the parts are built where the run goes on from a checkpoint, which takes the
+        place of ``init_from``.
+
+        Args:
+            names: of the checkpoint's tensors.
+        """
+        self.init_from, self.inherited = None, set(names)
 
     def setup(self, stage: str) -> None:
-        """Split each optimizer step into this world's micro-batches."""
+        """Split each optimizer step into this world's micro-batches; check the schedule, before
+        anything is loaded.
+        """
         self._fitting = stage == "fit"
-        if self._fitting:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.trainer.accumulate_grad_batches = data.micro_batches_per_step(
-                self.trainer.world_size
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}, which rounds positions and loses "
+                "small updates; set bf16-mixed (frozen parts may be loaded in dtype: bfloat16)."
             )
+        if not self._fitting:
+            return
+        self.schedule.check(self.trainer.max_steps)
+        data, given = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
+        splits = data.micro_batches_per_step(self.trainer.world_size)
+        if given not in (1, splits):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {given}, but data.packs_per_step and "
+                f"data.packs_per_micro_batch give {splits} micro-batches a step on "
+                f"{self.trainer.world_size} processes; leave it out and change those."
+            )
+        self.trainer.accumulate_grad_batches = splits
 
     # ---- a training step
 
@@ -141,14 +192,28 @@ class MultimodalModule(L.LightningModule):
         """Loading leaves modules in evaluation mode, and Lightning keeps what it finds."""
         self.train()
 
+    def on_train_start(self) -> None:
+        """What the recipe says of rates and decays holds, not what a checkpoint says."""
+        optimizer, scheduler = self.trainer.optimizers[0], cast(Any, self.lr_schedulers())
+        for group, options in zip(optimizer.param_groups, self._options, strict=True):
+            group |= options
+        scheduler.base_lrs = [options["initial_lr"] for options in self._options]
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make the step's randomness a function of the step, and sum its targets over the ranks."""
+        """Make the step's randomness a function of the step; sum its targets, and what callbacks
+        flagged, over the ranks.
+        """
         splits = self.trainer.accumulate_grad_batches
         micro = batch_idx % splits
         torch.manual_seed(_key(self.seed, self.global_step, self.global_rank * splits + micro))
         if micro == 0:
-            targets = self.trainer.strategy.reduce(batch.step_targets.clone(), reduce_op="sum")
-            self._step_targets = cast(Tensor, targets).clamp(min=1)
+            flags = torch.tensor([flag() for flag in self.flags.values()], dtype=torch.int64)
+            mine = [batch.step_targets[None], flags.to(self.device, non_blocking=True)]
+            sums = cast(Tensor, self.trainer.strategy.reduce(torch.cat(mine), reduce_op="sum"))
+            self._step_targets = sums[0].clamp(min=1)
+            self.agreed = dict(zip(self.flags, sums[1:], strict=True))
             self._step_losses, self._step_samples = {}, []
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -167,23 +232,35 @@ class MultimodalModule(L.LightningModule):
             self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach().float()
         self._step_samples += batch.samples
         if (batch_idx + 1) % splits == 0:
-            self._finish_step()
+            self._log_losses()
+        # A loss that is not finite makes every gradient NaN, on all ranks: one check finds both.
+        share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
         loss = share * self.trainer.world_size * splits + output.idle
         return {"loss": loss, "losses": {name: _detached(loss) for name, loss in losses.items()}}
 
-    def _finish_step(self) -> None:
-        """Before the step's last backward pass: refuse a loss that is not finite, log the sums."""
-        if not torch.isfinite(self._step_losses["loss"]):
-            names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
-            shown = "\n  ".join(names[:32]) + (
-                f"\n  and {len(names) - 32} more" if names[32:] else ""
-            )
-            parts = {name: float(value) for name, value in self._step_losses.items()}
-            raise FloatingPointError(
-                f"the loss of optimizer step {self.global_step} is not finite ({parts}) on rank "
-                f"{self.global_rank}; no weight was changed by this step. Lower the learning rate, "
-                f"set trainer.gradient_clip_val, or look at its samples:\n  {shown}"
-            )
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step whose gradients are not finite. They are the ranks' mean by now, so every
+        rank refuses it.
+        """
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        skips = scaler is not None and scaler.get_scale() >= 1  # fp16 skips steps by itself
+        if skips or torch.isfinite(norm):
+            return
+        names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
+        shown = "\n  ".join([*names[:32], *([f"and {len(names) - 32} more"] if names[32:] else [])])
+        parts = {name: float(value) for name, value in self._step_losses.items()}
+        raise FloatingPointError(
+            f"the gradients of optimizer step {self.global_step} are not finite (on rank "
+            f"{self.global_rank} the losses are {parts}); no weight was changed by this step. "
+            "Lower the learning rate, set trainer.gradient_clip_val, or look at its samples:\n  "
+            + shown
+        )
+
+    def _log_losses(self) -> None:
+        """The step's sums over the ranks."""
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
         if (self.global_step + 1) % every == 0:
             names = list(self._step_losses)
@@ -245,6 +322,10 @@ class MultimodalModule(L.LightningModule):
         """One group a policy and part, the schedule by optimizer step."""
         optimizer = self.make_optimizer([{**group} for group in self.groups])
         scheduler = self.schedule(optimizer, self.trainer.max_steps)
+        self._options = [
+            {key: group[key] for key in RECIPE_OPTIONS if key in group}
+            for group in optimizer.param_groups
+        ]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -254,11 +335,26 @@ class MultimodalModule(L.LightningModule):
         """Keep only what trains now or trained in an earlier stage."""
         names = trained_names(self) | self.inherited
         checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
+        checkpoint["parameter_names"] = self._group_names()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds this recipe's trained weights."""
+        """Check that the checkpoint holds this recipe's trained weights, and the optimizer's state
+        in this recipe's order.
+        """
         self.check_names(set(checkpoint["state_dict"]))
+        here = self._group_names()
+        if (there := checkpoint.get("parameter_names", here)) != here:
+            raise ValueError(
+                "the optimizer's state in the checkpoint is of other parameters, or of the same in "
+                f"another order: {_first_difference(there, here)}. Write model.encoders, "
+                "model.input_projectors and model.tuning in the order the run started with."
+            )
         self.inherited = set(checkpoint["state_dict"]) - trained_names(self)
+
+    def _group_names(self) -> list[list[str]]:
+        """Names of the parameters of each optimizer group; its state is kept by position."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [[names[parameter] for parameter in group["params"]] for group in self.groups]
 
     def restore(self, path: str | Path) -> None:
         """Build the parts and load a checkpoint of this recipe, to use or evaluate them."""
@@ -285,6 +381,12 @@ class MultimodalModule(L.LightningModule):
                 f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It "
                 "was made with other parts or another model.tuning."
             )
+
+
+def _first_difference(there: list[list[str]], here: list[list[str]]) -> str:
+    pairs = zip_longest(chain(*there), chain(*here), fillvalue="nothing")
+    differing = [f"{a} there, {b} here" for a, b in pairs if a != b]
+    return differing[0] if differing else "their groups (weight_decay) differ"
 
 
 def _detached(loss: Loss) -> Loss:

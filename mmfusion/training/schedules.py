@@ -29,11 +29,11 @@ class WarmupCosine:
         progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def __call__(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        """The scheduler of a run of ``total_steps`` optimizer steps.
+    def check(self, total_steps: int) -> None:
+        """Refuse a run whose length is not known, or shorter than its warmup.
 
         Raises:
-            ValueError: where the number of steps is not known, or the warmup is longer.
+            ValueError: naming the recipe's key.
         """
         if total_steps <= 0:
             raise ValueError(
@@ -45,4 +45,8 @@ class WarmupCosine:
                 f"model.schedule.warmup_steps is {self.warmup_steps}, the run has "
                 f"trainer.max_steps {total_steps}: expected 0 to {total_steps}."
             )
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+        """The scheduler of a run of ``total_steps`` optimizer steps (see :meth:`check`)."""
+        self.check(total_steps)
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))

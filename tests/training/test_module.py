@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from mmfusion.cli import load_module, main
+from mmfusion.cli import from_recipe, load_module, main
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.resume import by_step, find
+from mmfusion.training.schedules import WarmupCosine
 from tests.training.tiny import HERE, fit, losses, write_recipe
 
 PROJECTORS = {"input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}}
@@ -48,6 +49,12 @@ def refused(capsys, recipe, *options):
     return capsys.readouterr().err
 
 
+def test_a_precision_that_rounds_all_weights_is_refused(home, capsys):
+    recipe = write_recipe(home, trainer__max_steps=1, model__tuning=PROJECTORS)
+    options = ("--trainer.precision=bf16-true", f"--run_dir={home}/true")
+    assert "set bf16-mixed" in refused(capsys, recipe, *options)
+
+
 def test_a_checkpoint_of_stage_1_holds_the_projector_and_nothing_else(stage1):
     assert set(state(stage1)) == {
         "model.input_projectors.image.linear.weight",
@@ -65,14 +72,72 @@ def test_stage_2_keeps_the_projector_of_stage_1_though_it_is_frozen(stage1, stag
     assert all("lora_" in name for name in others)
 
 
-def test_a_resumed_stage_2_still_keeps_the_projector(home, stage1, stage2):
+def test_a_resumed_stage_2_needs_no_stage_1_and_takes_the_recipes_rates(home, stage1, stage2):
+    tuning = {"llm": {**LORA["llm"], "init_args": {"r": 2, "lr": 5e-3, "weight_decay": 0.1}}}
     recipe = write_recipe(
-        home, trainer__max_steps=6, model__tuning=LORA, model__init_from=str(stage1.path)
+        home, trainer__max_steps=6, model__tuning=tuning, model__init_from=str(stage1.path)
     )
-    run = fit(recipe, f"--run_dir={stage2.path}", "--allow_recipe_change")
+    earlier = state(stage1)
+    stage1.path.rename(home / "away")
+    try:
+        run = fit(recipe, f"--run_dir={stage2.path}", "--allow_recipe_change")
+    finally:
+        (home / "away").rename(stage1.path)
     assert find(run.path).name == "step-00000006.ckpt"
-    kept, earlier = projector_of(state(run)), state(stage1)
+    kept = projector_of(state(run))
     assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
+    saved = read_checkpoint(find(run.path))
+    group = saved["optimizer_states"][0]["param_groups"][0]
+    assert (group["initial_lr"], group["weight_decay"]) == (5e-3, 0.1)
+    assert group["lr"] == pytest.approx(5e-3 * WarmupCosine(warmup_steps=2).factor(6, 6))
+    assert saved["lr_schedulers"][0]["base_lrs"] == [5e-3]
+
+
+def test_a_stage_that_would_lose_trained_weights_is_refused(home, stage2, capsys, tmp_path):
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=2,
+        model__tuning=PROJECTORS,
+        model__init_from=str(stage2.path),
+    )
+    options = [f"--run_dir={tmp_path}/run", "--resume=none"]
+    error = refused(capsys, recipe, *options)
+    assert "28 trained tensors" in error
+    assert "LoRA with train: false" in error
+    error = refused(capsys, recipe, *options, "--model.init_drop=[lm]")
+    assert "names 'lm', but" in error
+    run = fit(recipe, *options, "--model.init_drop=[llm]")
+    assert state(run).keys() == projector_of(state(run)).keys()
+
+
+def test_an_optimizer_in_another_order_is_refused(home):
+    def module(tuning):
+        made, _ = from_recipe(str(write_recipe(home, model__tuning=tuning)))
+        made.configure_model()
+        return made
+
+    first, other = module({**PROJECTORS, **LORA}), module({**LORA, **PROJECTORS})
+    checkpoint = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(checkpoint)
+    first.on_load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"input_projectors\..* there, model\.llm.* here"):
+        other.on_load_checkpoint(checkpoint)
+
+
+def test_accumulation_that_is_not_the_datas_is_refused(home, capsys, tmp_path):
+    options = [f"--run_dir={tmp_path}/run", "--trainer.accumulate_grad_batches=3"]
+    error = refused(capsys, write_recipe(home), *options)
+    assert "accumulate_grad_batches is 3" in error
+    assert "give 2 micro-batches" in error
+    assert "Loading weights" not in error, "it costs nothing"
+
+
+def test_a_schedule_that_cannot_be_is_refused_before_weights_are_loaded(home, capsys, tmp_path):
+    error = refused(
+        capsys, write_recipe(home), f"--run_dir={tmp_path}/run", "--model.schedule.warmup_steps=99"
+    )
+    assert "warmup_steps is 99" in error
+    assert "Loading weights" not in error
 
 
 def test_a_run_is_loaded_from_its_folder_alone(stage1, stage2, home):
@@ -113,6 +178,7 @@ AUDIT = [
         "",
         "nope",
     ),
+    (LORA, "", "2 random parameters neither train nor were loaded"),
     ({**PROJECTORS, "encoders.audio": PROJECTORS["input_projectors"]}, "", "encoders.audio"),
     (PROJECTORS, '--model.llm.init_args.new_tokens=["<IMG0>"]', "new tokens"),
 ]
@@ -137,13 +203,19 @@ def test_a_part_that_trains_but_reaches_no_loss_is_refused(home, capsys, tmp_pat
     assert "encoders.image" in error
 
 
-def test_a_loss_that_is_not_finite_names_step_and_samples(home, capsys, tmp_path):
-    broken = {"class_path": f"{HERE}.NotANumber", "init_args": {"from_step": 3}}
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_step_that_is_not_finite_names_itself_and_its_samples(
+    home, gradient_only, capsys, tmp_path
+):
+    broken = {
+        "class_path": f"{HERE}.NotANumber",
+        "init_args": {"from_step": 3, "gradient_only": gradient_only},
+    }
     recipe = write_recipe(
         home, model__objectives={"next_token": broken}, checkpoint__every_n_steps=1
     )
     error = refused(capsys, recipe, f"--run_dir={tmp_path}/run")
-    assert "optimizer step 1 is not finite" in error
+    assert "gradients of optimizer step 1 are not finite" in error
     assert "train00" in error or "words00" in error
     assert [p.name for p in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001.ckpt"]
 

@@ -88,16 +88,18 @@ class DropoutProjector(Projector):
 
 
 class NotANumber(NextToken):
-    """Next token, until it is NaN."""
+    """Next token, until it, or its gradient alone, is NaN."""
 
-    def __init__(self, from_step: int) -> None:
+    def __init__(self, from_step: int, gradient_only: bool = False) -> None:
         super().__init__()
-        self.from_step, self.calls = from_step, 0
+        self.from_step, self.gradient_only, self.calls = from_step, gradient_only, 0
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
         loss = super().forward(model, output, batch)
         self.calls += 1
         broken = self.calls > self.from_step
+        if broken and self.gradient_only:
+            return replace(loss, total=loss.total + (0 * loss.total).sqrt())
         return replace(loss, total=loss.total * float("nan")) if broken else loss
 
 

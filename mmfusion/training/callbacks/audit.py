@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, astuple, fields
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import lightning as L
 
 from mmfusion import tuning
 from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
+from mmfusion.types import Batch
 
 log = logging.getLogger(__name__)
 
 
 class Audit(L.Callback):
     """Prints part, class, parameters, trainable, dtype and rate; fails where a trainable parameter
-    reached no loss.
+    reached no loss, warns where a modality that trains is in no sample.
+
+    Args:
+        warn_after: optimizer steps without a single item of a modality before the warning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warn_after: int = 100) -> None:
+        self.warn_after = warn_after
         self._reached = False
+        self._seen: dict[str, bool] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the table before anything is spent."""
-        table = cast(MultimodalModule, pl_module).audit
+        module = cast(MultimodalModule, pl_module)
+        table = module.audit
         assert table is not None
         log.info("what trains:\n%s", table)
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
@@ -38,9 +46,46 @@ class Audit(L.Callback):
             wandb.log_table("audit", columns=columns, data=rows)
         for logger in trainer.loggers:
             logger.log_hyperparams({"audit": {row.part: asdict(row) for row in table.rows}})
+        self._reached = False
+        self._seen = dict.fromkeys(_training_modalities(module), False)
+        for modality in self._seen:
+            module.flags[f"seen {modality}"] = partial(self._seen.__getitem__, modality)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Note which modalities came; warn once of those that never did."""
+        for modality in self._seen:
+            self._seen[modality] |= not batch.media[modality].idle
+        step_ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_ends and trainer.global_step in (self.warn_after, trainer.max_steps):
+            agreed = cast(MultimodalModule, pl_module).agreed
+            if never := [name for name in self._seen if not agreed[f"seen {name}"]]:
+                log.warning(
+                    "no sample of the first %d steps held media of %s, though its part trains: it "
+                    "learned nothing; add a source with such media, or freeze the part",
+                    trainer.global_step,
+                    ", ".join(never),
+                )
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check once that every trainable parameter has a gradient."""
         if not self._reached:
             tuning.check_reaches_loss(cast(MultimodalModule, pl_module).model)
             self._reached = True
+
+
+def _training_modalities(module: MultimodalModule) -> list[str]:
+    """Modalities whose encoder or input projector trains."""
+    model = module.model
+    parts = {name: (model.encoders[name], model.input_projectors[name]) for name in model.encoders}
+    return [
+        name
+        for name, both in parts.items()
+        if any(parameter.requires_grad for part in both for parameter in part.parameters())
+    ]

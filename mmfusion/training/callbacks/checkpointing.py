@@ -6,12 +6,13 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
+from mmfusion.training.module import MultimodalModule
 from mmfusion.training.resume import by_step
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The trainer's root folder is the run directory."""
+        """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""
         self.folder = Path(trainer.default_root_dir) / FOLDER
+        cast(MultimodalModule, pl_module).flags["stop"] = lambda: int(self._signal != 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over Ctrl-C and SIGTERM (after Lightning set its own)."""
@@ -85,7 +87,7 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        stop = trainer.strategy.reduce_boolean_decision(self._signal != 0, all=False)
+        stop = bool(cast(MultimodalModule, pl_module).agreed["stop"])
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
         if stop:
