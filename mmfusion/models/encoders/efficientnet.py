@@ -85,6 +85,7 @@ class EfficientNetLite(Encoder):
 
         self.net = EfficientNet.from_name(self.variant)
         del self.net._fc  # the classifier is not used
+        self.net.to(memory_format=torch.channels_last)  # twice as fast on CPU
         if pretrained:
             self._load()
         self.train(self.training)
@@ -114,7 +115,8 @@ class EfficientNetLite(Encoder):
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to (N, S, D)."""
         dtype = self.net._conv_stem.weight.dtype
-        feature_map = self.net.extract_features((pixels.to(dtype) - 127) / 128)
+        scaled = ((pixels.to(dtype) - 127) / 128).contiguous(memory_format=torch.channels_last)
+        feature_map = self.net.extract_features(scaled)
         cells = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).transpose(1, 2)
         if self.global_token:
             cells = torch.cat([cells, feature_map.mean((2, 3))[:, None]], 1)

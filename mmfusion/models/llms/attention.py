@@ -175,5 +175,6 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     return mask
 
 
-AttentionInterface.register(NAME, varlen_sdpa)
+# The borders are another list in every batch: traced, each would be compiled anew.
+AttentionInterface.register(NAME, torch.compiler.disable(varlen_sdpa))
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -42,6 +42,10 @@ class LLM(nn.Module, ABC):
         border of ``cu_seqlens``.
         """
 
+    def compile_layers(self) -> None:
+        """Compile what is repeated (torch.compile), for any number of tokens."""
+        self.compile(dynamic=True)
+
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., V), with the family's own scaling and soft-capping."""

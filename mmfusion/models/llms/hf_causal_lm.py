@@ -173,6 +173,13 @@ class HFCausalLM(LLM):
             "max_length_k": longest,
         }
 
+    def compile_layers(self) -> None:
+        # Layer by layer: one small graph serves all of them, in seconds.
+        for layer in next(
+            m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)
+        ):
+            layer.compile(dynamic=True)
+
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden)
         config = self.config.get_text_config()

@@ -21,7 +21,7 @@ from mmfusion.tools.quickstart.folders import make_folder
 from mmfusion.tools.quickstart.sources import read_pictures
 
 COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
-TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 3
+TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 6
 CLIPS_PER_PICTURE = {"train": 4, "val": 2}
 
 _SOURCE_FILES = (concepts, datasets, pictures, sources, talks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,27 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
         llm(embeds, places, torch.tensor([0, 5, 10])).square().sum().backward()
         gradients.append([embeds.grad, llm.model.model.layers[0].mlp.up_proj.weight.grad])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_layers_change_no_gradient_at_any_length(tmp_path: Path) -> None:
+    path, gradients = save_llm(tmp_path), []
+    for compiled in (False, True):
+        llm = HFCausalLM(path)
+        llm.build()
+        llm.requires_grad_(False)
+        if compiled:
+            llm.compile_layers()
+        found = []
+        for lengths in ([5, 5], [2, 7, 4], [9]):
+            embeds = llm.embed(torch.arange(3, 3 + sum(lengths))[None]).detach().requires_grad_()
+            places = torch.cat([torch.arange(length) for length in lengths])[None]
+            borders = torch.tensor([0, *lengths]).cumsum(0)
+            llm(embeds, places, borders).square().sum().backward()
+            found.append(embeds.grad)
+        gradients.append(found)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_generation_with_a_cache_goes_on_as_full_recomputation(tmp_path: Path) -> None:
