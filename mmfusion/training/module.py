@@ -168,11 +168,6 @@ class MultimodalModule(L.LightningModule):
         anything is loaded.
         """
         self._fitting = stage == "fit"
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision}, which rounds positions and loses "
-                "small updates; set bf16-mixed (frozen parts may be loaded in dtype: bfloat16)."
-            )
         if not self._fitting:
             return
         self.schedule.check(self.trainer.max_steps)

@@ -49,12 +49,6 @@ def refused(capsys, recipe, *options):
     return capsys.readouterr().err
 
 
-def test_a_precision_that_rounds_all_weights_is_refused(home, capsys):
-    recipe = write_recipe(home, trainer__max_steps=1, model__tuning=PROJECTORS)
-    options = ("--trainer.precision=bf16-true", f"--run_dir={home}/true")
-    assert "set bf16-mixed" in refused(capsys, recipe, *options)
-
-
 def test_a_checkpoint_of_stage_1_holds_the_projector_and_nothing_else(stage1):
     assert set(state(stage1)) == {
         "model.input_projectors.image.linear.weight",

@@ -192,10 +192,10 @@ def test_bad_samples_are_listed_once_also_after_steps_are_taken_again(folders, t
     assert {row["key"] for row in rows} == {"00003", "00011"}
 
 
-def listed(folder) -> list[tuple[str, int]]:
-    """(source, index) of the quarantine file's lines."""
+def listed(folder) -> list[tuple[str, int, int]]:
+    """(source, step, index) of the quarantine file's lines."""
     rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-    return [(row["source"], row["index"]) for row in rows]
+    return sorted((row["source"], row["step"], row["index"]) for row in rows)
 
 
 def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path):
@@ -206,7 +206,7 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path):
         fit(data, tmp_path, 100)
     there = listed(tmp_path)
     assert len(there) == data.state.counts["half"].bad["odd"] >= 40
-    assert {index % 2 for _, index in there} == {0}
+    assert {index % 2 for *_, index in there} == {0}
     fit(make_data(folder, max_bad_fraction=0.6), tmp_path, 40)
 
 
@@ -219,7 +219,7 @@ def test_a_small_source_of_bad_samples_stops_the_run_though_all_together_are_few
     data = make_data(folders, epochs=1)
     with pytest.raises(BadDataError, match=r"^small: 2\d of 2\d samples are unusable"):
         fit(data, tmp_path)
-    assert {source for source, _ in listed(tmp_path)} == {"small"}
+    assert {source for source, *_ in listed(tmp_path)} == {"small"}
     assert data.state.counts["good"].seen > 19 * 24  # all together within the limit
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from mmfusion.data.state import StreamState
-from mmfusion.training.callbacks.stream_state import StreamStateCallback
+from mmfusion.training.callbacks.stream_state import BadDataError, StreamStateCallback
 from tests.data.synthetic import keys_of, make_data, write_source
-from tests.training.callbacks.test_stream_state import Recorder, fit
+from tests.training.callbacks.test_stream_state import Recorder, fit, listed
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +98,13 @@ def test_a_finite_run_ends_on_both_ranks_at_the_same_step(folders, tmp_path):
     counts = stream_state(tmp_path / "two" / f"step={len(steps)}.ckpt").counts
     assert counts["a"].bad == {"odd": 1, "corrupt_image": 1}
     assert counts["a"].seen == 58
+
+
+def test_too_many_bad_samples_stop_both_ranks_at_the_same_step_and_all_are_listed(tmp_path):
+    bad = dict.fromkeys(range(0, 150, 2), "odd")
+    folders = {"half": write_source(tmp_path / "half", 150, bad=bad, words=4)}
+    with pytest.raises(BadDataError):
+        fit(make_data(folders), tmp_path / "one", 100)
+    with pytest.raises(ProcessRaisedException, match="BadDataError"):
+        fit_on_two(make_data(folders), tmp_path / "two", 100)
+    assert listed(tmp_path / "two") == listed(tmp_path / "one")
