@@ -103,19 +103,22 @@ def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
     assert "not resuming from step-00000012.ckpt" in (home / "torn.log").read_text()
 
 
-def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_for_bit(home, recipe, whole):
-    process = jobs.start(options(home, recipe, "ctrl-c"), home / "ctrl-c.log")
-    csv = home / "ctrl-c" / "metrics.csv"
-    while process.is_alive() and (not csv.exists() or not losses_of(home / "ctrl-c").get(4)):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code):
+    name = number.name
+    process = jobs.start(options(home, recipe, name), home / f"{name}.log")
+    csv = home / name / "metrics.csv"
+    while process.is_alive() and (not csv.exists() or not losses_of(home / name).get(4)):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join()
-    log = (home / "ctrl-c.log").read_text()
-    assert process.exitcode == 130, log
+    log = (home / f"{name}.log").read_text()
+    assert process.exitcode == code, log
     assert "the same command goes on from here" in log
-    done = max(losses_of(home / "ctrl-c")) + 1
-    assert f"step-{done:08d}.ckpt" in find(home / "ctrl-c").name
-    assert run_to_end(home, recipe, "ctrl-c") == whole
+    assert json.loads((home / name / "status.json").read_text())["state"] == "interrupted"
+    done = max(losses_of(home / name)) + 1
+    assert f"step-{done:08d}.ckpt" in find(home / name).name
+    assert run_to_end(home, recipe, name) == whole
 
 
 @pytest.mark.slow

@@ -199,10 +199,14 @@ def fit(recipe: Path, *options: str) -> RunDirectory:
 
 
 def losses(run: RunDirectory, attempt: int | None = None) -> dict[int, str]:
-    """``train/loss`` of each step as written; later attempts replace earlier ones."""
+    """``train/loss`` of each step as written; later attempts replace earlier ones. The file may be
+    read while a row is half written.
+    """
     found = {}
     with (run.path / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["train/loss"] and (attempt is None or float(row["trainer/attempt"]) == attempt):
+            if row.get("train/loss") and (
+                attempt is None or float(row["trainer/attempt"]) == attempt
+            ):
                 found[int(float(row["trainer/global_step"]))] = row["train/loss"]
     return found
