@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from mmfusion.data.order import key64
 from mmfusion.data.state import BadSample, LaneState
-from mmfusion.types import PlannedSample, SampleRef
+from mmfusion.types import PlannedSample, Sample, SampleRef
 
 FULL = 0.98
 """A pack this full in any part of its budget goes out without waiting for more."""
@@ -26,11 +26,14 @@ Cost = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Item:
-    """A planned sample on its way into a pack."""
+    """A planned sample on its way into a pack; with the sample itself, where it is kept in memory
+    until then.
+    """
 
     ref: SampleRef
     planned: PlannedSample
     cost: Cost
+    sample: Sample | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass

@@ -6,6 +6,7 @@ other error stops the run, with the sample's name on it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -16,7 +17,10 @@ from mmfusion.data.packing import Cost, Item
 from mmfusion.data.source import Source
 from mmfusion.data.state import BadSample
 from mmfusion.processing.processor import Processor
-from mmfusion.types import DataError, EncodedSample, PlannedSample, SampleRef
+from mmfusion.types import DataError, EncodedSample, Media, PlannedSample, Sample, SampleRef
+
+KEPT_BYTES = 64 * 2**20
+"""Bytes of planned samples a reader keeps until they are decoded; the others are read again."""
 
 
 class SampleError(RuntimeError):
@@ -115,20 +119,36 @@ class Reader:
     ) -> None:
         self._sources, self._processor = dict(sources), processor
         self._seed, self.budget = seed, budget
+        self._room = KEPT_BYTES
 
     def plan(self, ref: SampleRef) -> Item | BadSample:
         with naming(ref, "planning", self._sources):
             try:
-                planned = self._processor.plan(self._sources[ref.source][ref.index])
-                return Item(ref, planned, self.budget.cost(planned))
+                sample = self._sources[ref.source][ref.index]
+                planned = self._processor.plan(sample)
+                return self._item(ref, planned, sample)
             except DataError as error:
                 return self._bad(ref, error)
+
+    def _item(self, ref: SampleRef, planned: PlannedSample, sample: Sample) -> Item:
+        """Keeps the sample with its plan, while there is room, for as long as the item lives."""
+        cost = self.budget.cost(planned)
+        size = _size(sample)
+        if size > self._room:
+            return Item(ref, planned, cost)
+        item = Item(ref, planned, cost, sample)
+        self._make_room(-size)
+        weakref.finalize(item, self._make_room, size).atexit = False
+        return item
+
+    def _make_room(self, size: int) -> None:
+        self._room += size
 
     def finish(self, item: Item) -> EncodedSample | BadSample:
         ref = item.ref
         with naming(ref, "decoding", self._sources):
             try:
-                sample = self._sources[ref.source][ref.index]
+                sample = item.sample or self._sources[ref.source][ref.index]
                 rng = sample_rng(self._seed, ref)
                 return self._processor.finish(sample, item.planned, rng, ref)
             except DataError as error:
@@ -147,3 +167,9 @@ class Reader:
             shard, number = shards.locate(ref.index)
             return shard, f"#{number}"
         return shard, key
+
+
+def _size(sample: Sample) -> int:
+    """Bytes of the media and letters of the text."""
+    parts = [part for message in sample.messages for part in message.content]
+    return sum(len(part.data) if isinstance(part, Media) else len(part.text) for part in parts)

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfusion.data import reader
 from mmfusion.data.reader import SampleError
+from mmfusion.data.shards import Shards
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream, exhausted, packs_of_rank
 from tests.data.synthetic import make_data, write_source
@@ -201,6 +203,20 @@ def test_io_errors_stop_at_once_and_name_the_sample(tmp_path, monkeypatch):
         file.truncate(512)
     with pytest.raises(SampleError, match=r"source 's'.*part-0001.tar"):
         run_steps(data, data.state, 10, 1)
+
+
+@pytest.mark.parametrize(("kept", "reads"), [(reader.KEPT_BYTES, 1), (0, 2)])
+def test_a_planned_sample_is_not_read_again_while_there_is_room(folders, monkeypatch, kept, reads):
+    data = make_data({"text": folders["text"]}, epochs=1)
+    read, count = Shards.read, Counter()
+    monkeypatch.setattr(reader, "KEPT_BYTES", kept)
+    monkeypatch.setattr(Shards, "read", lambda self, i: count.update([i]) or read(self, i))
+    stream = Stream(data.state, data.sources, data.processor)
+    seen = [name for step in range(9) for pack in stream.local_step(step, 4 * step, 4).packs
+            for name in names(pack)]  # fmt: skip
+    assert len(seen) == len(set(seen)) == 23
+    assert set(count.values()) == {reads}
+    assert stream._reader._room == kept  # nothing is held for good
 
 
 def test_random_numbers_of_a_sample_do_not_depend_on_ranks_and_differ_by_epoch(tmp_path):
