@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from mmfusion.data.collate import collate
-from mmfusion.data.packing import Item
+from mmfusion.data.packing import Cost, Item
 from mmfusion.data.reader import Budget, Reader
 from mmfusion.data.source import Source
 from mmfusion.data.state import BadSample
@@ -26,7 +28,8 @@ def spread(n: int, limit: int | None) -> list[int]:
 
 
 class ValidationBatches(Dataset[Batch]):
-    """Samples in order, laid into packs as they come. Planned at once, decoded when asked for.
+    """Samples in order, laid into packs as they come. Their sizes are found at once, each rank's
+    share by itself; they are read when asked for.
 
     Args:
         sources: by name.
@@ -55,25 +58,39 @@ class ValidationBatches(Dataset[Batch]):
             for name, source in sources.items()
             for index in spread(len(source), limit)
         ]
-        planned = [self._reader.plan(ref) for ref in refs]
-        self.bad = [result for result in planned if isinstance(result, BadSample)]
-        if self.bad:
+        costs = self._costs(refs, rank, world)
+        self.bad = [cost for cost in costs if isinstance(cost, BadSample)]
+        if self.bad and rank == 0:
             reasons = Counter(f"{bad.source}: {bad.reason}" for bad in self.bad)
             logger.warning(
                 "validation leaves out %d of %d samples %s, e.g.\n%s",
                 len(self.bad), len(refs), dict(reasons), "\n".join(map(str, self.bad[:5])),
             )  # fmt: skip
-        packs = _next_fit([result for result in planned if isinstance(result, Item)], budget)
+        good = {ref: c for ref, c in zip(refs, costs, strict=True) if not isinstance(c, BadSample)}
+        packs = _next_fit(good, budget)
         count = -(-len(packs) // world)
         self._packs = packs[rank::world] + [[]] * (count - len(packs[rank::world]))
+
+    def _costs(self, refs: Sequence[SampleRef], rank: int, world: int) -> list[Cost | BadSample]:
+        """What each sample takes of a pack."""
+        if not (dist.is_available() and dist.is_initialized()) or world == 1:
+            return [self._cost(ref) for ref in refs]
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, [self._cost(ref) for ref in refs[rank::world]])
+        return [shares[i % world][i // world] for i in range(len(refs))]
+
+    def _cost(self, ref: SampleRef) -> Cost | BadSample:
+        result = self._reader.plan(ref)
+        return result.cost if isinstance(result, Item) else result
 
     def __len__(self) -> int:
         return len(self._packs)
 
     def __getitem__(self, number: int) -> Batch:
         samples = []
-        for item in self._packs[number]:
-            result = self._reader.finish(item)
+        for ref in self._packs[number]:
+            planned = self._reader.plan(ref)
+            result = self._reader.finish(planned) if isinstance(planned, Item) else planned
             if isinstance(result, EncodedSample):
                 samples.append(result)
             else:
@@ -81,14 +98,14 @@ class ValidationBatches(Dataset[Batch]):
         return collate(samples, self._processor, self._pad_rows)
 
 
-def _next_fit(items: list[Item], budget: Budget) -> list[list[Item]]:
-    """Items in order, a new pack where the next does not fit."""
-    packs: list[list[Item]] = []
+def _next_fit(costs: Mapping[SampleRef, Cost], budget: Budget) -> list[list[SampleRef]]:
+    """Samples in order, a new pack where the next does not fit."""
+    packs: list[list[SampleRef]] = []
     left = [0] * len(budget.total)
-    for item in items:
-        if not packs or any(c > free for c, free in zip(item.cost, left, strict=True)):
+    for ref, cost in costs.items():
+        if not packs or any(c > free for c, free in zip(cost, left, strict=True)):
             packs.append([])
             left = list(budget.total)
-        packs[-1].append(item)
-        left = [free - c for free, c in zip(left, item.cost, strict=True)]
+        packs[-1].append(ref)
+        left = [free - c for free, c in zip(left, cost, strict=True)]
     return packs

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import socket
 from collections import Counter
 
 import pytest
+import torch.distributed as dist
 
 from mmfusion.data.reader import Budget
 from mmfusion.data.validation import ValidationBatches, spread
@@ -66,3 +69,36 @@ def test_padded_rows_hold_the_same_samples(sources):
     packed, padded = batches(sources)[0], batches(sources, pad_rows=True)[0]
     assert [keys_of(b) for b in packed] == [keys_of(b) for b in padded]
     assert padded[0].cu_seqlens is None
+
+
+def plan_on_one_of_two(rank, port, sources, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    processor, planned = make_processor(), []
+    plan = processor.plan
+    processor.plan = lambda sample: planned.append(sample.key) or plan(sample)
+    made = ValidationBatches(sources, processor, None, Budget(40, {"image": 16}), rank, 2)
+    queue.put((rank, len(planned), [keys_of(made[i]) for i in range(len(made))]))
+    dist.barrier()
+
+
+@pytest.mark.slow
+def test_two_processes_plan_half_each_and_make_the_batches_of_one(sources):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    started = [
+        context.Process(target=plan_on_one_of_two, args=(rank, port, sources, queue))
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    got = sorted(queue.get(timeout=200) for _ in started)
+    for process in started:
+        process.join(60)
+    assert sum(count for _, count, _ in got) <= 30
+    assert max(count for _, count, _ in got) <= 15
+    assert [made for *_, made in got] == [
+        [keys_of(batch) for batch in rank] for rank in batches(sources, 2)
+    ]
