@@ -76,6 +76,11 @@ def decode_image(data: bytes, format: str = "", max_pixels: int = MAX_PIXELS) ->
     return torch.from_numpy(_upright(pixels_HWC, orientation)).permute(2, 0, 1)
 
 
+def jpeg_decoder() -> str:
+    """What decodes JPEG here; the two round differently."""
+    return "PIL" if simplejpeg is None else "simplejpeg"
+
+
 def image_size(data: bytes, format: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) of the picture as ``decode_image`` gives it, from the header alone.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.chat import ChatRenderer
+from mmfusion.processing.images import jpeg_decoder
 from mmfusion.processing.special_tokens import add_placeholders
 from mmfusion.types import (
     DataError,
@@ -130,8 +131,8 @@ class Processor:
         return self.finish(sample, self._expand(ids, trained, sample.media))
 
     def fingerprint(self) -> str:
-        """Changes with whatever changes ids or slot counts: tokenizer, chat template, media
-        processors, projectors.
+        """Changes with whatever changes ids, slot counts or media: tokenizer, chat template, media
+        processors, projectors, the decoder of JPEG.
         """
         parts = {
             "tokenizer": json.loads(self.tokenizer.backend_tokenizer.to_str()),
@@ -143,6 +144,8 @@ class Processor:
             "media": {name: _describe(processor) for name, processor in self.media.items()},
             "num_tokens": {name: _slot_counts(f) for name, f in self._num_tokens.items()},
         }
+        if (decoder := jpeg_decoder()) != "simplejpeg":
+            parts["jpeg"] = decoder
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from mmfusion.processing import images
 from mmfusion.processing.audios import audio_seconds, decode_audio
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import decode_image, image_size, resize
@@ -240,6 +241,15 @@ def test_fingerprint_follows_what_changes_ids_or_slots(trained_tokenizer: Any) -
     assert fingerprint() == fingerprint()
     others = {fingerprint(CHATML + " "), fingerprint(side=8), fingerprint(count=halved)}
     assert len(others | {fingerprint()}) == 4
+
+
+def test_fingerprint_names_a_fallback_decoder(
+    trained_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = Processor(trained_tokenizer, {"image": Patches(16)}, {"image": same})
+    before = processor.fingerprint()
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert processor.fingerprint() != before
 
 
 def _plan_in_child(data: bytes, sample: Sample, queue: Any) -> None:
