@@ -108,6 +108,24 @@ ASSETS = (
         161,
         "pictures, captions in many languages, captions spoken by people (GPL-2)",
     ),
+    Asset(
+        "pysiogame",
+        "4.20.01-1",
+        "debian",
+        "pysiogame_4.20.01-1_all.deb",
+        "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf",
+        16,
+        "drawings of words (CC-BY-SA)",
+    ),
+    Asset(
+        "fonts-noto-color-emoji",
+        "2.042-0+deb12u1",
+        "debian",
+        "fonts-noto-color-emoji_2.042-0+deb12u1_all.deb",
+        "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+        10,
+        "emoji with their names (OFL-1.1)",
+    ),
 )
 
 

@@ -28,7 +28,7 @@ from mmfusion.tools.quickstart.sources import Picture
 
 PICTURE_SIZE = 224
 CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = 128, 12, 6
-SPOKEN = ("en", "fr", "es", "ca", "ro")
+SPOKEN = ("en", "fr", "es")
 """Languages of the spoken captions that are used."""
 
 LANGUAGES = {

@@ -1,17 +1,18 @@
-"""Reads captioned pictures out of the unpacked packages: Tux Paint's stamps, or the small
-set committed with the tests.
+"""Reads captioned pictures out of the unpacked packages: Tux Paint's stamps, drawings of words,
+emoji, and the small set committed with the tests.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mmfusion.tools.quickstart.concepts import concept
 from mmfusion.tools.quickstart.pictures import Frame
@@ -40,6 +41,9 @@ MAX_WORDS = 8
 _TRANSLATION = re.compile(r"([a-z]{2,3}(?:_[A-Z]{2})?)\.utf8=(.+)")
 _SPEECH = re.compile(r"_desc(?:_([a-z]{2,3}))?\.ogg")
 _LETTERS = "symbols/alphabets"
+_EMOJI = (range(0x231A, 0x2B60), range(0x1F300, 0x1FB00))
+_EMOJI_SIZE = 109
+"""The one size of the font's bitmaps."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Picture:
 
     Attributes:
         name: unique, fit for a shard key.
-        source: ``stamps`` or ``clipart``.
+        source: ``stamps``, ``drawings``, ``emoji`` or ``clipart``.
         caption: in English.
         load: opens the picture.
         kind: for stamps one of ``KINDS``' values, else empty.
@@ -83,15 +87,24 @@ def read_pictures(folders: dict[str, Path], committed: Path | None) -> list[Pict
     Raises:
         FileNotFoundError: neither is there.
     """
+    pictures = []
     if package := folders.get("tuxpaint-stamps-default"):
-        return read_stamps(package / "usr" / "share" / "tuxpaint" / "stamps")
-    if committed and (committed / "manifest.json").exists():
-        return read_committed(committed)
-    raise FileNotFoundError(
-        "there are no pictures to train on: Debian's stamps cannot be had here, and the small "
-        "set of a source checkout (tests/assets) is not beside this installation. Run the "
-        "quickstart from a source checkout (`pip install -e .`)."
-    )
+        pictures += read_stamps(package / "usr" / "share" / "tuxpaint" / "stamps")
+    elif committed and (committed / "manifest.json").exists():
+        pictures += read_committed(committed)
+    else:
+        raise FileNotFoundError(
+            "there are no pictures to train on: Debian's stamps cannot be had here, and the small "
+            "set of a source checkout (tests/assets) is not beside this installation. Run the "
+            "quickstart from a source checkout (`pip install -e .`)."
+        )
+    if package := folders.get("pysiogame"):
+        pictures += read_drawings(
+            package / "usr" / "share" / "games" / "pysiogame" / "res" / "images" / "art4apps"
+        )
+    if package := folders.get("fonts-noto-color-emoji"):
+        pictures += read_emoji(next(package.rglob("NotoColorEmoji.ttf")))
+    return pictures
 
 
 def read_stamps(root: Path) -> list[Picture]:
@@ -130,6 +143,43 @@ def _speech_files(text: Path) -> dict[str, Path]:
         if match := _SPEECH.fullmatch(path.name.removeprefix(text.stem)):
             found[match[1] or "en"] = path
     return found
+
+
+def read_drawings(root: Path) -> list[Picture]:
+    """Drawings of single words, named by their files."""
+    return [
+        Picture(
+            name=f"{path.parent.name}-{path.stem}",
+            source="drawings",
+            caption=path.stem.replace("_", " ").capitalize() + ".",
+            load=partial(Image.open, path),
+        )
+        for path in sorted(root.glob("*/*.jpg"))
+    ]
+
+
+def read_emoji(font_file: Path) -> list[Picture]:
+    """The font's pictures of single code points under their Unicode names."""
+    font = ImageFont.truetype(str(font_file), _EMOJI_SIZE)
+    pictures = []
+    for code in (code for span in _EMOJI for code in span):
+        name = unicodedata.name(chr(code), "")
+        if not name or "REGIONAL" in name or "MODIFIER" in name:
+            continue
+        if render_emoji(font, chr(code)).getbbox() is None:
+            continue
+        caption = name.capitalize() + "."
+        pictures.append(
+            Picture(f"emoji-{code:x}", "emoji", caption, partial(render_emoji, font, chr(code)))
+        )
+    return pictures
+
+
+def render_emoji(font: ImageFont.FreeTypeFont, text: str) -> Frame:
+    """One emoji with its transparency; nothing drawn where the font has none."""
+    image = Image.new("RGBA", (136, 128))
+    ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
+    return image
 
 
 def read_committed(folder: Path) -> list[Picture]:

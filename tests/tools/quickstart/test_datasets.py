@@ -19,6 +19,7 @@ from mmfusion.tools.quickstart.pictures import MOTIONS, encode_mp4, flatten, mot
 from mmfusion.tools.quickstart.sources import (
     MAX_WORDS,
     read_committed,
+    read_drawings,
     read_pictures,
     read_stamps,
 )
@@ -191,6 +192,19 @@ def test_stamps_are_read_with_translations_and_speech(tmp_path):
     assert turns[1]["content"] == "A red fox."
     assert turns[3]["content"] == "It is an animal."
     assert turns[-1]["content"] in ("Un renard roux.", "Uma raposa.")
+
+
+def test_drawings_are_named_by_their_files(tmp_path, assets):
+    (tmp_path / "food").mkdir()
+    (tmp_path / "food" / "ice_cream.jpg").write_bytes(
+        (assets / "pictures" / "bear.jpg").read_bytes()
+    )
+    (drawing,) = read_drawings(tmp_path)
+    assert (drawing.caption, drawing.concept, drawing.source) == (
+        "Ice cream.",
+        "ice cream",
+        "drawings",
+    )
 
 
 def test_without_stamps_the_committed_set_is_read(assets):
