@@ -133,10 +133,19 @@ def test_rank_0_chooses_the_checkpoint_for_all(home, recipe, alone):
     """The other rank looks into an empty folder, as a slow network disk may show it."""
     shutil.copytree(home / "alone", home / "leads")
     (home / "leads" / "checkpoints" / "step-00000008.ckpt").unlink()
-    args = arguments(home, recipe, "leads", *DDP)
+    args = arguments(home, recipe, "leads", *DDP, "--allow_recipe_change")  # the recorder's folder
     assert jobs.run_ranks(args, home / "leads.log", 2, [f"--run_dir={home}/empty"]) == [0, 0]
     assert curve(home / "leads") == pytest.approx(alone, abs=1e-5)
     assert min(row["step"] for row in recorded(home / "leads-packs")) == 4
+
+
+@pytest.mark.slow
+def test_rank_0_chooses_what_all_ranks_start_from(home, recipe, alone):
+    """The other rank is told of a run that it cannot see."""
+    args = arguments(home, recipe, "warm", *DDP, f"--model.init_from={home}/alone")
+    assert jobs.run_ranks(args, home / "warm.log", 2, ["--model.init_from=nowhere"]) == [0, 0]
+    cold, warm = alone[0], curve(home / "warm")[0]
+    assert warm < cold - 0.1
 
 
 def test_the_timeout_reaches_the_strategy():
@@ -158,17 +167,18 @@ def test_loader_processes_change_nothing_on_two_ranks(home, recipe, alone, worke
     "launcher",
     [
         [sys.executable, "-m", "mmfusion"],
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-         "-m", "mmfusion"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+         "--nproc-per-node=2", "-m", "mmfusion"],
     ],
     ids=["lightning", "torchrun"],
 )  # fmt: skip
 def test_real_launchers_start_resume_and_end(home, recipe, alone, launcher, request):
     name = request.node.callspec.id
-    command = [*launcher, *arguments(home, recipe, name, *DDP)]
-    for step in (8, 4):
-        done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert curve(home / name) == pytest.approx(alone, abs=1e-5)
-        (home / name / "checkpoints" / f"step-{step:08d}.ckpt").unlink(missing_ok=True)
+    shutil.copytree(home / "alone", home / name)
+    (home / name / "checkpoints" / "step-00000008.ckpt").unlink()
+    command = [*launcher, *arguments(home, recipe, name, *DDP, "--allow_recipe_change")]
+    done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curve(home / name) == pytest.approx(alone, abs=1e-5)
+    assert min(row["step"] for row in recorded(home / f"{name}-packs")) == 4
     assert len(list((home / name / "attempts").iterdir())) == 2
