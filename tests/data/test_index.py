@@ -48,7 +48,7 @@ def test_offsets_are_those_of_energon(tmp_path: Path, tar_format: int) -> None:
     assert len(read_with_webdataset(path)) == COUNT
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
@@ -151,7 +151,7 @@ def test_corrupt_shard_is_refused_by_name(shard: Path, name: str) -> None:
     assert str(shard) in str(caught.value)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_no_cut_ever_shortens_a_shard(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -166,7 +166,7 @@ def test_no_cut_ever_shortens_a_shard(
         assert keep < end(content) + 1024
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_no_flipped_byte_ever_changes_the_count(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -43,7 +43,7 @@ def times_of(pack) -> list[int]:
     return [item.ref.index for item in pack.items]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(costs, max_size=60))
 def test_bins_hold_every_item_once_within_every_budget(items):
     bins = best_fit_decreasing(items, BUDGET)
@@ -61,7 +61,7 @@ def test_media_open_a_new_bin_though_tokens_would_fit():
     assert best_fit_decreasing([(5, 15), (5, 15), (5, 5)], (64, 20)) == [[0, 2], [1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(st.none(), costs), max_size=80), st.integers(1, 20))
 def test_a_finite_lane_gives_each_good_sample_once_and_counts_each_bad_one_once(all_costs, window):
     lane = packer(all_costs, window, length=len(all_costs))
@@ -76,7 +76,7 @@ def test_a_finite_lane_gives_each_good_sample_once_and_counts_each_bad_one_once(
     assert lane.next().items == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.one_of(st.none(), costs), min_size=5, max_size=50).filter(any),
     st.lists(st.integers(0, 7), min_size=1, max_size=5),
