@@ -1,11 +1,11 @@
 import json
+import multiprocessing
 
 import pytest
 import yaml
 
 from mmfusion.training.checkpoint import FOLDER
 from mmfusion.training.run import RunDirectory
-from tests.training import jobs
 
 RECIPE = {"trainer": {"max_steps": 10, "devices": 1}, "data": {"seed": 0, "num_workers": 1}}
 
@@ -124,8 +124,9 @@ def open_elsewhere(path, answer):
 
 def test_two_processes_cannot_write_one_run(tmp_path):
     with RunDirectory(tmp_path).open(RECIPE):
-        answer = jobs.CONTEXT.SimpleQueue()
-        process = jobs.CONTEXT.Process(target=open_elsewhere, args=(tmp_path, answer))
+        context = multiprocessing.get_context("fork")  # at once; record locks are not inherited
+        answer = context.SimpleQueue()
+        process = context.Process(target=open_elsewhere, args=(tmp_path, answer))
         process.start()
         process.join()
         assert not answer.empty()
