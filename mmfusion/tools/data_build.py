@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from mmfusion.data.converters.conversation import Conversation
+from mmfusion.data.converters.members import MODALITY_OF, file_format
 from mmfusion.data.index import MAX_RECORD_BYTES
 from mmfusion.data.writer import ShardWriter
 from mmfusion.tools.data_list import BadEntry, Entry, read_list
+from mmfusion.types import DataError
 
-_IMAGES = {"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "avif"}
-_SOUNDS = {"wav", "flac", "ogg", "opus", "mp3", "m4a", "aac", "aiff", "au", "wma"}
-_TEXTS = {"txt", "json"}
 _MOST_LISTED = 20
 
 Bad = list[tuple[str, str]]
@@ -37,9 +36,10 @@ def build(
 
     An entry of the list is a medium with a caption ({"image": "a.jpg", "caption": "..."}; also
     video, audio or path) or a conversation ({"image": "a.jpg", "conversations": [...]} or
-    {"messages": [...]}), which is kept as it is. A captioned medium becomes KEY.jpg and KEY.txt, a
-    conversation KEY.json and KEY.jpg (of several media: KEY.0.jpg, KEY.1.png, ...); KEY is the
-    number of the entry. All entries are checked before anything is written.
+    {"messages": [...]}). A captioned medium becomes KEY.jpg and KEY.txt, a conversation KEY.json
+    and KEY.jpg (of several media: KEY.0.jpg, KEY.1.png, ...); KEY is the number of the entry. A
+    conversation is kept as it is, but that parts of content lists then name the stored media (jpg,
+    0.jpg). All entries are checked before anything is written, conversations by reading them.
 
     Args:
         list_path: JSON (a list), JSONL, CSV or TSV (first line: names of columns).
@@ -66,7 +66,9 @@ def build(
         try:
             if isinstance(entry, BadEntry):
                 raise entry
-            _check_files(_files(entry, root, allow_outside))
+            files = _files(entry, root, allow_outside)
+            _check_files(files)
+            _check_conversation(entry, files)
             good.append(number)
         except BadEntry as error:
             bad.append((place, str(error)))
@@ -124,8 +126,11 @@ def _files(entry: Entry, root: str, allow_outside: bool) -> list[tuple[str, str]
                 "--allow_outside true"
             )
         extension = os.path.splitext(written)[1][1:].lower()
-        if not re.fullmatch("[a-z0-9]+", extension) or extension in _TEXTS:
-            raise BadEntry(f"{written!r}: {extension!r} is no extension of a media file")
+        if extension not in MODALITY_OF:
+            raise BadEntry(
+                f"{written!r}: {extension!r} is no extension of a media file, expected one of "
+                f"{[*MODALITY_OF]}"
+            )
         files.append((f"{number}.{extension}" if len(entry.media) > 1 else extension, path))
     return files
 
@@ -142,6 +147,18 @@ def _check_files(files: list[tuple[str, str]]) -> None:
         raise BadEntry(f"{sum(sizes)} bytes of media; at most {MAX_RECORD_BYTES} are read")
 
 
+def _check_conversation(entry: Entry, files: list[tuple[str, str]]) -> None:
+    """Read a conversation as training will; its media need not be there for that."""
+    if entry.caption is not None:
+        return
+    try:
+        Conversation()(
+            dict.fromkeys([name for name, _ in files], b"") | _texts(entry, files), "", ""
+        )
+    except DataError as error:
+        raise BadEntry(f"the conversation cannot be read back: {error}") from None
+
+
 def _record(entry: Entry, files: list[tuple[str, str]], decode: bool) -> dict[str, bytes]:
     record = {}
     for extension, path in files:
@@ -151,30 +168,36 @@ def _record(entry: Entry, files: list[tuple[str, str]], decode: bool) -> dict[st
         except OSError as error:
             raise BadEntry(f"{path} cannot be read: {error}") from None
         if decode:
-            _check_media(record[extension], extension.rpartition(".")[2], path)
+            _check_media(record[extension], file_format(extension), path)
+    return record | _texts(entry, files)
+
+
+def _texts(entry: Entry, files: list[tuple[str, str]]) -> dict[str, bytes]:
+    """The members of a record that are text."""
+    texts = {}
     try:
         if entry.caption is not None:
-            record["txt"] = entry.caption.encode()
+            texts["txt"] = entry.caption.encode()
         if entry.json is not None:
-            record["json"] = json.dumps(entry.json, ensure_ascii=False).encode()
+            document = entry.naming([name for name, _ in files])
+            texts["json"] = json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadEntry(f"a text cannot be written as UTF-8: {error}") from None
-    return record
+    return texts
 
 
 def _check_media(data: bytes, extension: str, path: str) -> None:
-    # the decoders bring torch with them, which takes seconds
+    # the decoders are heavy, and most lists are built without
     import av
 
     from mmfusion.processing.audios import decode_audio
     from mmfusion.processing.containers import open_container
     from mmfusion.processing.images import decode_image
-    from mmfusion.types import DataError
 
     try:
-        if extension in _IMAGES:
+        if MODALITY_OF[extension] == "image":
             decode_image(data, extension)
-        elif extension in _SOUNDS:
+        elif MODALITY_OF[extension] == "audio":
             decode_audio(data, extension, 16_000)
         else:
             with open_container(data) as container:

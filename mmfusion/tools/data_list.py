@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
+
+from mmfusion.data.converters.conversation import name_place
 
 MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 PATH_FIELDS = (*MEDIA_FIELDS, "path", "file", "file_name")
 CAPTION_FIELDS = ("caption", "text")
-CONVERSATION_FIELDS = ("conversations", "messages")
+CONVERSATION_FIELDS = ("messages", "conversations")
 
 
 class BadEntry(ValueError):  # noqa: N818  (an entry, not an error of the program)
@@ -24,7 +27,8 @@ class Entry:
     """One sample as a list has it.
 
     Attributes:
-        media: paths as they are written, in reading order.
+        media: paths as they are written: those of the entry's own fields, then those that content
+            parts add, each once.
         caption: the text of a captioned medium; None for a conversation.
         json: the entry itself where it holds more than a path and a caption.
     """
@@ -32,6 +36,16 @@ class Entry:
     media: tuple[str, ...]
     caption: str | None
     json: dict[str, Any] | None
+
+    def naming(self, members: Sequence[str]) -> dict[str, Any] | None:
+        """``json`` with the content parts naming these members, one for each medium."""
+        if self.caption is not None or self.json is None:
+            return self.json
+        member_of = dict(reversed(list(zip(self.media, members, strict=True))))
+        entry = copy.deepcopy(self.json)
+        for holder, field in _named_parts(_turns(entry)):
+            holder[field] = member_of[holder[field]]
+        return entry
 
 
 def read_list(path: str) -> Iterator[tuple[str, Entry | BadEntry]]:
@@ -59,12 +73,17 @@ def parse_entry(value: Any) -> Entry:
     """
     if not isinstance(value, dict):
         raise BadEntry(f"expected an object with named fields, got {type(value).__name__}")
-    turns = [name for name in CONVERSATION_FIELDS if name in value]
-    if turns:
-        if not isinstance(value[turns[0]], list) or not value[turns[0]]:
-            raise BadEntry(f"{turns[0]!r} must be a list of turns, not empty")
-        named = [path for name in MEDIA_FIELDS for path in _paths(name, value.get(name))]
-        return Entry((*named, *_paths_in_turns(value[turns[0]])), None, value)
+    if any(name in value for name in CONVERSATION_FIELDS):
+        media = [path for name in MEDIA_FIELDS for path in _paths(name, value.get(name))]
+        for holder, field in _named_parts(_turns(value)):
+            path = holder[field]
+            if not isinstance(path, str) or not path.strip():
+                raise BadEntry(f"expected the path of one file in {field!r}, got {path!r}")
+            if path.startswith("data:") or (field == "data" and not os.path.splitext(path)[1]):
+                raise BadEntry("a medium embedded in the text; write it to a file and name that")
+            if path not in media:
+                media.append(path)
+        return Entry(tuple(media), None, value)
     path = value[_one_of(PATH_FIELDS, value)]
     caption = value[_one_of(CAPTION_FIELDS, value)]
     if not isinstance(path, str) or not path.strip():
@@ -89,21 +108,20 @@ def _paths(name: str, value: Any) -> list[str]:
     return paths
 
 
-def _paths_in_turns(turns: list[Any]) -> Iterator[str]:
-    """Paths in OpenAI-style content lists: ``{"type": "image", "image": PATH}`` and
-    ``{"type": "image_url", "image_url": {"url": PATH}}``. Content may also be embedded as data.
-    """
+def _turns(value: dict[str, Any]) -> list[Any]:
+    name = next(name for name in CONVERSATION_FIELDS if name in value)
+    if not isinstance(value[name], list) or not value[name]:
+        raise BadEntry(f"{name!r} must be a list of turns, not empty")
+    return value[name]
+
+
+def _named_parts(turns: list[Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the parts of OpenAI-style content lists name their media."""
     for turn in turns:
-        content = turn.get("content") if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if not isinstance(kind, str) or kind.removesuffix("_url") not in MEDIA_FIELDS:
-                continue
-            named = part.get(kind, part.get("path"))
-            named = named.get("url") if isinstance(named, dict) else named
-            for path in _paths(kind, named):
-                if not path.startswith("data:"):
-                    yield path
+            if (place := name_place(part)) is not None:
+                yield place
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:

@@ -14,10 +14,18 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from transformers import AutoTokenizer
 
+from mmfusion.data.converters.base import Converter
+from mmfusion.data.converters.caption import Caption
+from mmfusion.data.converters.conversation import Conversation
 from mmfusion.data.shards import Shards
+from mmfusion.data.source import Source
+from mmfusion.processing.processor import Processor
 from mmfusion.tools.data_build import build
+from mmfusion.types import Media
 from tests.data.tars import read_with_webdataset
+from tests.models.tiny import TinyProcessor, save_tokenizer
 
 MEDIA = ("a.jpg", "b.png", "sub/c.JPG", "d.wav", "e.mp4", "two.dots.png")
 
@@ -82,29 +90,105 @@ def test_captioned_media_of_every_kind_of_list(media: Path, tmp_path: Path, kind
     ]
 
 
-def test_conversations_are_kept_as_they_are_with_all_their_media(
+def turns(question: Any, name: str = "content") -> list[dict[str, Any]]:
+    who, roles = ("from", ("human", "gpt")) if name == "value" else ("role", ("user", "assistant"))
+    return [{who: roles[0], name: question}, {who: roles[1], name: "Größe"}]
+
+
+def asked(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return turns([{"type": "text", "text": "look"}, *parts])
+
+
+IMAGE, PNG = {"type": "image", "image": "a.jpg"}, {"type": "image", "image": "b.png"}
+LAYOUTS = [
+    ({"image": "sub/c.JPG", "conversations": turns("<image> w1", "value")}, ["sub/c.JPG"]),
+    ({"image": ["a.jpg", "a.jpg"], "conversations": turns("<image><image>", "value")},
+     ["a.jpg", "a.jpg"]),
+    ({"images": ["a.jpg", "b.png"], "audio": "d.wav", "messages": turns("<audio><image><image>")},
+     ["d.wav", "a.jpg", "b.png"]),
+    ({"image": None, "conversations": turns("w1", "value")}, []),
+    ({"messages": turns("w1")}, []),
+    ({"messages": asked()}, []),
+    ({"messages": asked(IMAGE)}, ["a.jpg"]),
+    ({"messages": asked({"type": "image", "path": "b.png"})}, ["b.png"]),
+    ({"messages": asked({"type": "image", "image": {"path": "two.dots.png"}})}, ["two.dots.png"]),
+    ({"messages": asked({"type": "image_url", "image_url": {"url": "b.png", "detail": "low"}})},
+     ["b.png"]),
+    ({"messages": asked({"type": "image_url", "image_url": "sub/c.JPG"})}, ["sub/c.JPG"]),
+    ({"messages": asked({"type": "input_image", "image_url": "a.jpg"})}, ["a.jpg"]),
+    ({"messages": asked({"type": "input_audio", "input_audio": {"data": "d.wav"}})}, ["d.wav"]),
+    ({"messages": asked({"type": "audio", "audio": "d.wav"})}, ["d.wav"]),
+    ({"messages": asked({"type": "video", "video": "e.mp4", "start": 0, "end": 1})}, ["e.mp4"]),
+    ({"messages": asked({"type": "video_url", "video_url": {"url": "e.mp4"}})}, ["e.mp4"]),
+    ({"messages": asked(PNG, IMAGE, {"type": "audio", "path": "d.wav"}, PNG)},
+     ["b.png", "a.jpg", "d.wav", "b.png"]),
+    ({"image": "a.jpg", "messages": asked(IMAGE)}, ["a.jpg"]),
+    ({"images": ["b.png", "a.jpg"], "messages": asked(IMAGE, {"type": "image"})},
+     ["a.jpg", "b.png"]),
+    ({"image": "a.jpg", "messages": asked({"type": "audio", "audio": "d.wav"}, {"type": "image"})},
+     ["d.wav", "a.jpg"]),
+    ({"conversations": turns([IMAGE], "value")}, ["a.jpg"]),
+]  # fmt: skip
+
+
+def read_back(folder: Path, converter: Converter, tmp_path: Path) -> list[list[str | bytes]]:
+    """Media of each sample in reading order, read and planned as in training."""
+    save_tokenizer(tmp_path / "tokenizer")
+    modalities = ("image", "audio", "video")
+    processor = Processor(
+        AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        {modality: TinyProcessor(modality) for modality in modalities},
+        {modality: lambda features: features for modality in modalities},
+    )
+    source = Source(str(folder), converter)
+    found = []
+    for sample in map(source.__getitem__, range(len(source))):
+        planned = processor.plan(sample)
+        content = [part for message in sample.messages for part in message.content]
+        media = [part for part in content if isinstance(part, Media)]
+        assert [slots.modality for slots in planned.media] == [item.modality for item in media]
+        assert planned.trained.any()
+        found.append([item.data for item in media])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_every_layout_of_a_conversation_is_read_back_with_its_media(
+    media: Path, tmp_path: Path, kind: str
+) -> None:
+    entries = [entry for entry, _ in LAYOUTS]
+    build(write_list(media, f"all.{kind}", entries), str(tmp_path / "out"), decode=True)
+    read = read_back(tmp_path / "out", Conversation(), tmp_path)
+    assert read == [[(media / name).read_bytes() for name in names] for _, names in LAYOUTS]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv"])
+def test_captions_are_read_back_with_their_media(media: Path, tmp_path: Path, kind: str) -> None:
+    entries = [{"path": name, "caption": f"w{i}", "by": "x"} for i, name in enumerate(MEDIA)]
+    build(write_list(media, f"all.{kind}", entries), str(tmp_path / "out"))
+    for text in ("txt", "json:caption"):
+        read = read_back(tmp_path / "out", Caption(text), tmp_path)
+        assert read == [[(media / name).read_bytes()] for name in MEDIA]
+
+
+def test_conversations_are_kept_but_for_the_names_of_their_parts(
     media: Path, tmp_path: Path
 ) -> None:
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Größe"}]
-    parts = [
-        {"type": "text", "text": "look"},
-        {"type": "image", "image": "a.jpg"},
-        {"type": "image_url", "image_url": {"url": "b.png"}},
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
-        {"type": "audio", "path": "d.wav"},
-    ]
-    entries = [
-        {"id": "x", "image": "sub/c.JPG", "conversations": turns},
-        {"id": "y", "image": ["a.jpg", "b.png"], "audio": "d.wav", "conversations": turns},
-        {"id": "z", "image": None, "conversations": turns},
-        {"messages": [{"role": "user", "content": parts}]},
-    ]
-    build(write_list(media, "llava.json", entries), str(tmp_path / "out/train-%03d.tar"))
-    read = records(tmp_path / "out")
-    assert [json.loads(record.pop("json")) for _, record in read] == entries
+    plain = {"id": "x", "image": "sub/c.JPG", "conversations": turns("<image>\nWhat?", "value")}
+    url = {"type": "image_url", "image_url": {"url": "b.png", "detail": "low"}}
+    named = {"id": "y", "audio": "d.wav", "messages": asked(url, {"type": "audio"}, IMAGE, url)}
+    build(write_list(media, "l.json", [plain, named]), str(tmp_path / "out/train-%03d.tar"))
+    (_, first), (_, second) = records(tmp_path / "out")
     content = {name: (media / name).read_bytes() for name in MEDIA}
-    three = {"0.jpg": content["a.jpg"], "1.png": content["b.png"], "2.wav": content["d.wav"]}
-    assert [record for _, record in read] == [{"jpg": content["sub/c.JPG"]}, three, {}, three]
+    assert json.loads(first.pop("json")) == plain
+    assert first == {"jpg": content["sub/c.JPG"]}
+    url = {"type": "image_url", "image_url": {"url": "1.png", "detail": "low"}}
+    image = {"type": "image", "image": "2.jpg"}
+    stored = named | {"messages": asked(url, {"type": "audio"}, image, url)}
+    assert json.loads(second.pop("json")) == stored
+    assert second == {
+        "0.wav": content["d.wav"], "1.png": content["b.png"], "2.jpg": content["a.jpg"],
+    }  # fmt: skip
 
 
 def test_further_fields_of_a_caption_are_kept(media: Path, tmp_path: Path) -> None:
@@ -142,8 +226,19 @@ BAD_ENTRIES = [
     ({"image": ["a.jpg"], "text": "a"}, "expected the path of one file"),
     ({"image": "a.jpg", "conversations": []}, "'conversations' must be a list of turns"),
     ({"image": 3, "conversations": [{}]}, "'image' must be a path"),
+    ({"image": "a.jpg", "conversations": turns("w1", "value")}, "read back: .* never shows"),
+    ({"image": None, "conversations": turns("<image>", "value")}, "read back: .*asks for more"),
+    ({"messages": turns("w1")[:1]}, "read back: .*ending with the assistant"),
+    ({"messages": asked({"type": "image", "image": "none.jpg"})}, "none.jpg does not exist"),
+    ({"messages": asked({"type": "image", "image": ["a.jpg"]})}, "path of one file in 'image'"),
+    ({"messages": asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}})},
+     "embedded in the text; write it to a file"),
+    ({"messages": asked({"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}})},
+     "embedded in the text; write it to a file"),
+    ({"messages": asked({"type": "input_audio", "input_audio": {"data": "a.xyz"}})},
+     "'xyz' is no extension of a media file"),
     (["a.jpg", "a"], "expected an object with named fields, got list"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("entry", "problem"), BAD_ENTRIES)

@@ -6,7 +6,8 @@ r"""Conversations with media anywhere, in the three usual ways of writing them a
 - plain: ``{"messages": [{"role": "user", "content": "<image> What is it?"}, ...]}``
 
 Media are members of the same record. A name in the JSON picks a member; it is never opened as a
-path or an address.
+path or an address. A name that no member has (a path from before the shard was made, such as
+``pictures/a.jpg``) stands for the member ``jpg`` where that is the only medium of its modality.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mmfusion.data.converters.base import Converter
 from mmfusion.data.converters.members import (
     MODALITY_OF,
     as_text,
+    file_format,
     media_members,
     media_of,
     read_json,
@@ -91,6 +93,7 @@ class _Shelf:
         self._key = key.rsplit("/", 1)[-1]
         self._members = members
         self._taken: set[str] = set()
+        self._foreign: dict[str, str] = {}
 
     def next(self, modality: str, start: float | None = None, end: float | None = None) -> Media:
         """The first item of this modality that was not taken yet."""
@@ -106,9 +109,14 @@ class _Shelf:
     def named(
         self, name: str, modality: str, start: float | None = None, end: float | None = None
     ) -> Media:
-        """The member of this extension (``0.jpg``), or of this file name (``<key>.0.jpg``)."""
+        """The member of this extension (``0.jpg``), or of this file name (``<key>.0.jpg``), or the
+        only medium, of this format and no number, where no other such name stands for it.
+        """
         member = name if name in self._record else name.rsplit("/", 1)[-1]
         member = member.removeprefix(f"{self._key}.")
+        only = [other for other, kind in self._members if kind == modality]
+        if member not in self._record and only == [file_format(name)]:
+            member = only[0] if self._foreign.setdefault(modality, name) == name else name
         if member not in self._record:
             raise DataError(
                 "media_count",
@@ -174,18 +182,30 @@ def _part(part: Any, shelf: _Shelf) -> Text | Media:
             f"{[*PART_MODALITIES]}.",
         )
     modality, span = PART_MODALITIES[kind], (_seconds(part, "start"), _seconds(part, "end"))
-    name = _named_member(part, kind)
-    return shelf.next(modality, *span) if name is None else shelf.named(name, modality, *span)
+    place = name_place(part)
+    if place is None:
+        return shelf.next(modality, *span)
+    holder, field = place
+    return shelf.named(as_text(holder[field], f"the name of a {kind} part"), modality, *span)
 
 
-def _named_member(part: Mapping[str, Any], kind: str) -> str | None:
-    """``{"image": "0.jpg"}``, ``{"image_url": {"url": "0.jpg"}}``, ``{"input_audio": {"data":
-    "wav"}}``; None where no member is named.
+def name_place(part: Any) -> tuple[dict[str, Any], str] | None:
+    """Where a content part names its medium: the object and its field. ``{"image": "0.jpg"}``,
+    ``{"path": "0.jpg"}``, ``{"image_url": {"url": "0.jpg"}}``, ``{"input_audio": {"data":
+    "wav"}}``; None where it names none, or is no part of media.
     """
-    value = part.get(kind)
-    if isinstance(value, dict):
-        value = value.get("url", value.get("data"))
-    return None if value is None else as_text(value, f"the name of a {kind} part")
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in PART_MODALITIES:
+        return None
+    modality = PART_MODALITIES[kind]
+    for field in (kind, modality, f"{modality}_url", "path", "url"):
+        value = part.get(field)
+        if isinstance(value, dict):
+            inner = [x for x in ("url", "path", "data") if value.get(x) is not None]
+            return (value, inner[0]) if inner else None
+        if value is not None:
+            return part, field
+    return None
 
 
 def _seconds(part: Mapping[str, Any], name: str) -> float | None:

@@ -11,8 +11,10 @@ from mmfusion.types import DataError, Media
 
 MODALITY_OF: dict[str, str] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"), "image"),
+    **dict.fromkeys(("ppm",), "image"),
     **dict.fromkeys(("mp4", "mkv", "webm", "mov", "avi", "m4v", "mpg", "mpeg"), "video"),
     **dict.fromkeys(("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac"), "audio"),
+    **dict.fromkeys(("aiff", "au", "wma"), "audio"),
 }
 """Modality of a member by the last part of its extension."""
 

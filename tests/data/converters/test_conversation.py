@@ -119,6 +119,29 @@ def test_too_few_and_too_many_media_are_refused(question: Any, files: dict[str, 
     assert reason(turns, files) == "media_count"
 
 
+@pytest.mark.parametrize(
+    ("names", "files", "shown"),
+    [
+        (["pictures/a.jpg"], {"jpg": b"p", "wav": b"s"}, True),
+        (["pictures/a.JPG", "pictures/a.JPG"], {"jpg": b"p", "wav": b"s"}, True),
+        (["pictures/a.jpg", "pictures/b.jpg"], {"jpg": b"p", "wav": b"s"}, False),
+        (["pictures/a.jpg"], {"0.jpg": b"p", "1.wav": b"s"}, False),
+        (["pictures/a.png"], {"jpg": b"p", "wav": b"s"}, False),
+        (["pictures/a.jpg"], {"jpg": b"p", "png": b"q", "wav": b"s"}, False),
+    ],
+)
+def test_a_foreign_name_stands_for_the_only_medium_alone(
+    names: list[str], files: dict[str, bytes], shown: bool
+) -> None:
+    parts = [{"type": "image", "image": name} for name in names] + [{"type": "audio"}]
+    turns = [{"role": "user", "content": parts}, ANSWER]
+    if shown:
+        images = [Media("image", b"p", "jpg")] * len(names)
+        assert convert(turns, files)[0].content == (*images, Media("audio", b"s", "wav"))
+    else:
+        assert reason(turns, files) == "media_count"
+
+
 def test_names_in_json_are_never_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
