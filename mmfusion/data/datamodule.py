@@ -36,7 +36,8 @@ class MultimodalData(L.LightningDataModule):
         lanes: independent orders the samples are dealt to. More ranks than lanes in a step read and
             plan some samples twice; best is a multiple of the ranks that divides or is divided by
             packs_per_step. For a small source and few epochs take as many as packs_per_step.
-        window: samples of a lane that are packed together.
+        window: samples of a lane that are packed together; at most the lane's part of an epoch of
+            the source that is over first.
         block: contiguous samples kept near one another for reading.
         seed: of the order and of every sample's random numbers.
         num_workers: loader processes of a rank; 0 loads in the main process.

@@ -105,8 +105,13 @@ class GlobalOrder:
             raise ValueError(f"sources {empty} hold no samples; remove them or build their shards.")
         self.names, self.lanes = list(names), lanes
         self.total: int | None = None
+        self.lane_epoch: int
+        """Samples a lane gives in an epoch of the source that is over first; at least 1."""
         if epochs is None:
             self._mixture = Mixture(weights, lanes)
+            period, slots = self._mixture.period, self._mixture.counts.tolist()
+            spans = [n * period // (c * lanes) for n, c in zip(sizes, slots, strict=True) if c]
+            self.lane_epoch = max(1, min(spans))
             self._orders = [
                 SourceOrder(n, seed, name, lanes, block)
                 for name, n in zip(names, sizes, strict=True)
@@ -120,6 +125,7 @@ class GlobalOrder:
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._orders = [SourceOrder(int(self._starts[-1]), seed, "", lanes, block)]
         self.total = round(epochs * int(self._starts[-1]))
+        self.lane_epoch = max(1, int(self._starts[-1]) // lanes)
 
     def length(self, lane: int) -> int | None:
         """Samples of a lane, or None where it is endless."""

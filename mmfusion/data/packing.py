@@ -3,14 +3,16 @@ media features.
 
 A window of samples (and those carried over from the last) is planned by best-fit decreasing. Packs
 that are nearly full go out, and so do packs with a carried sample, so that no sample waits longer
-than one window; the samples of the rest are carried. A sample is never split. The state of a lane
-is (packs, cursor, emitted, carry): with it and the order, any process continues the lane exactly.
+than one window; the samples of the rest are carried. A sample is never split, and never comes twice
+in a pack, also where a window holds the end of one epoch and the start of the next. The state of a
+lane is (packs, cursor, emitted, carry): with it and the order, any process continues the lane
+exactly.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from mmfusion.data.order import key64
@@ -19,6 +21,9 @@ from mmfusion.types import PlannedSample, Sample, SampleRef
 
 FULL = 0.98
 """A pack this full in any part of its budget goes out without waiting for more."""
+
+_MANY_BAD = 64
+"""Bad samples in a row, over several windows, that an endless lane gives up after."""
 
 Cost = tuple[int, ...]
 """Tokens, then features of each budgeted modality in alphabetical order."""
@@ -47,12 +52,15 @@ class Pack:
     bad: list[BadSample] = field(default_factory=list)
 
 
-def best_fit_decreasing(costs: Sequence[Cost], budget: Cost) -> list[list[int]]:
+def best_fit_decreasing(
+    costs: Sequence[Cost], budget: Cost, names: Sequence[Hashable] | None = None
+) -> list[list[int]]:
     """Lay items into bins: the largest first, each into the bin it leaves least tokens free in.
 
     Args:
         costs: of each item; none exceeds the budget.
         budget: of a bin.
+        names: of each item; no bin holds two items of one name. None: all differ.
 
     Returns:
         Indices of each bin's items, ascending; bins in the order they were opened.
@@ -63,19 +71,23 @@ def best_fit_decreasing(costs: Sequence[Cost], budget: Cost) -> list[list[int]]:
 
     bins: list[list[int]] = []
     left: list[list[int]] = []
+    held: list[set[Hashable]] = []
     by_tokens: list[tuple[int, int]] = []  # (tokens left, bin), ascending
     for i in sorted(range(len(costs)), key=lambda i: (-size(i), i)):
-        cost = costs[i]
+        cost, name = costs[i], i if names is None else names[i]
         for place in range(bisect_left(by_tokens, (cost[0], -1)), len(by_tokens)):
             b = by_tokens[place][1]
-            if all(c <= free for c, free in zip(cost, left[b], strict=True)):
+            fits = all(c <= free for c, free in zip(cost, left[b], strict=True))
+            if fits and name not in held[b]:
                 del by_tokens[place]
                 break
         else:
             b = len(bins)
             bins.append([])
             left.append(list(budget))
+            held.append(set())
         bins[b].append(i)
+        held[b].add(name)
         left[b] = [free - c for free, c in zip(left[b], cost, strict=True)]
         insort(by_tokens, (left[b][0], b))
     return [sorted(members) for members in bins]
@@ -137,7 +149,7 @@ class LanePacker:
                 self._advance(packs=1)
                 return Pack(items, bad)
             fruitless += not window.carry
-            if fruitless > 3 and self._length is None:
+            if fruitless > 3 and len(bad) >= _MANY_BAD and self._length is None:
                 raise ValueError(
                     f"lane {self._lane}: the last {len(bad)} samples are all bad, so training "
                     f"cannot go on; expected usable samples. The last ones:\n"
@@ -192,7 +204,9 @@ class LanePacker:
         """Which packs go out (shuffled: best fit makes them in order of length), what is kept."""
         times, old = list(items), set(self.state.carry)
         packs, kept = [], []
-        for members in best_fit_decreasing([item.cost for item in items.values()], self._budget):
+        costs = [item.cost for item in items.values()]
+        names = [(item.ref.source, item.ref.index) for item in items.values()]
+        for members in best_fit_decreasing(costs, self._budget, names):
             pack = [times[i] for i in members]
             if last or old.intersection(pack) or self._is_full([items[t].cost for t in pack]):
                 packs.append(pack)

@@ -75,7 +75,10 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """All the stream is a function of. A run may only go on with the same one."""
+    """All the stream is a function of. A run may only go on with the same one.
+
+    ``window`` is the one in effect, see :func:`mmfusion.data.stream.make_spec`.
+    """
 
     version: int
     seed: int

@@ -8,7 +8,7 @@ state, which costs planning (text and media headers), never decoding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmfusion.data.mixture import GlobalOrder
 from mmfusion.data.order import FORMAT
@@ -39,7 +39,11 @@ def make_spec(
     pack_media: Mapping[str, int],
     epochs: float | None,
 ) -> StreamSpec:
-    """What the stream is a function of; opens the sources' shards."""
+    """What the stream is a function of; opens the sources' shards.
+
+    Its window is at most a lane's part of an epoch of the source that is over first: a larger one
+    would shuffle several epochs of a small source into the same step.
+    """
     limits = {"lanes": lanes, "block": block, "window": window, "pack_tokens": pack_tokens}
     for name, value in {**limits, **pack_media}.items():
         if value < 1:
@@ -52,10 +56,11 @@ def make_spec(
         SourceSpec(name, source.shards.dataset_id, len(source), source.weight)
         for name, source in sources.items()
     )
-    return StreamSpec(
+    spec = StreamSpec(
         FORMAT, seed, lanes, block, window, pack_tokens, dict(sorted(pack_media.items())), epochs,
         processor.fingerprint(), specs,
     )  # fmt: skip
+    return replace(spec, window=min(window, make_order(spec).lane_epoch))
 
 
 def make_order(spec: StreamSpec) -> GlobalOrder:

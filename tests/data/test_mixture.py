@@ -6,10 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfusion.data.mixture import GlobalOrder, Mixture
+from mmfusion.data.packing import Item, LanePacker
+from mmfusion.types import PlannedSample
 
 GOLDEN_SOURCES = [0, 2, 1, 0, 0, 0, 0, 1, 1, 0, 2, 0, 0, 1, 0, 0]
 GOLDEN_K = [0, 1, 0, 1, 2, 3, 4, 1, 2, 5, 0, 7, 6, 3, 8, 9]
@@ -146,3 +149,48 @@ def test_epochs_with_weights_are_refused(weights, epochs):
 def test_an_empty_source_is_named():
     with pytest.raises(ValueError, match=r"\['void'\] hold no samples"):
         GlobalOrder(["a", "void"], [3, 0], [1.0, 1.0], 2, 2, 0)
+
+
+sources = st.lists(
+    st.tuples(st.integers(1, 80), st.sampled_from([0.5, 1.0, 3.0])), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sources, st.integers(1, 9), st.booleans())
+def test_no_source_comes_round_within_an_epoch_of_a_lane(sources, lanes, finite):
+    sizes, weights = zip(*sources, strict=True)
+    weights = [1.0] * len(sizes) if finite else weights
+    names = [f"s{i}" for i in range(len(sizes))]
+    order = GlobalOrder(names, sizes, weights, lanes, 4, 0, 30.0 if finite else None)
+    whole = sum(sizes) if finite else min(n / w for n, w in sources) * sum(weights)
+    assert abs(order.lane_epoch - max(1, whole / lanes)) <= max(1, 0.01 * whole / lanes)
+    for lane in range(lanes):
+        for start in range(0, 3 * order.lane_epoch, order.lane_epoch):
+            refs = order(lane, range(start, start + order.lane_epoch))
+            for name, n in zip(names, sizes, strict=True):
+                epochs = [ref.epoch for ref in refs if ref.source == name]
+                assert len(epochs) <= max(1, sum(sizes) if finite else n / lanes + 2)
+                assert not epochs or max(epochs) - min(epochs) <= max(1, lanes / n)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sources, st.integers(1, 9), st.integers(1, 300), st.integers(8, 200), st.booleans())
+def test_no_pack_holds_a_sample_twice(sources, lanes, window, budget, finite):
+    sizes, weights = zip(*sources, strict=True)
+    weights = [1.0] * len(sizes) if finite else weights
+    names = [f"s{i}" for i in range(len(sizes))]
+    order = GlobalOrder(names, sizes, weights, lanes, 4, 0, 30.0 if finite else None)
+
+    def plan(times):
+        ids = torch.zeros(8, dtype=torch.int64)
+        return [
+            Item(ref, PlannedSample(ids, ids > 0, ()), (1 + ref.index % 8,))
+            for ref in order(lanes - 1, times)
+        ]
+
+    length = order.length(lanes - 1)
+    packer = LanePacker(lanes - 1, 0, length, min(window, order.lane_epoch), (budget,), plan)
+    for _ in range(60):
+        samples = [(item.ref.source, item.ref.index) for item in packer.next().items]
+        assert len(samples) == len(set(samples))

@@ -134,7 +134,7 @@ def test_epochs_see_each_good_sample_exactly_that_often(folders, lanes, world):
 
 
 def test_packs_keep_both_budgets_and_counts_agree(folders):
-    data = make_data(folders, pack_tokens=40, pack_media={"image": 12})
+    data = make_data(folders, WEIGHTS, pack_tokens=40, pack_media={"image": 12})
     stream = Stream(data.state, data.sources, data.processor)
     full = 0
     for step in range(30):
@@ -147,6 +147,18 @@ def test_packs_keep_both_budgets_and_counts_agree(folders):
         tokens = sum(len(s.planned) for pack in local.packs for s in pack)
         assert tokens == sum(c.tokens for c in local.record.counts.values())
     assert full > 10
+
+
+@pytest.mark.parametrize("epochs", [None, 20])
+def test_the_steps_of_a_small_source_hold_at_most_three_epochs(tmp_path, epochs):
+    folder = {"s": write_source(tmp_path / "s", 76, words=(5, 9), images=False)}
+    data = make_data(folder, window=256, block=256, epochs=epochs)
+    assert data.state.spec.window == 19
+    packs, _ = run_steps(data, data.state, 40, world=1)
+    for step in range(40):
+        epochs_seen = {epoch for q in range(4 * step, 4 * step + 4) for _, epoch, _ in packs[q]}
+        assert epochs_seen
+        assert max(epochs_seen) - min(epochs_seen) <= 2
 
 
 def test_samples_above_a_budget_are_counted_by_what_was_exceeded(folders, tmp_path):

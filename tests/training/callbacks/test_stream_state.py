@@ -256,7 +256,7 @@ def resume_with(folders, tmp_path, other) -> None:
 
 def test_every_difference_of_the_stream_is_named(folders, tmp_path):
     other_b = write_source(tmp_path / "b", 10, seed=1)
-    changed = {"seed": 1, "lanes": 8, "window": 16, "pack_tokens": 64, "block": 2}
+    changed = {"seed": 1, "lanes": 8, "window": 2, "pack_tokens": 64, "block": 2}
     for name, value in changed.items():
         with pytest.raises(ValueError, match=rf"\n  {name}: now {value}, saved \d+\n"):
             resume_with(folders, tmp_path, make_data(folders, **{name: value}))
