@@ -354,6 +354,7 @@ class MultimodalModule(L.LightningModule):
     def restore(self, path: str | Path) -> None:
         """Build the parts and load a checkpoint of this recipe, to use or evaluate them."""
         self.init_from = None  # what came from there is in the checkpoint
+        self.compile_llm = False  # generating grows a cache: every step would be compiled anew
         self.configure_model()
         state = read_checkpoint(path)["state_dict"]
         self.check_names(set(state))
