@@ -255,15 +255,16 @@ class RecipeCommand(LightningCLI):
         Processes that Lightning starts are told by the environment, those of torchrun or Slurm
         through the process group.
         """
-        if _rank() != 0 and variable in os.environ:
-            return Path(chosen) if (chosen := os.environ[variable]) else None
+        parent, _, told = os.environ.get(variable, "").partition(":")
+        if _rank() != 0 and parent == str(os.getppid()):  # not left behind by an earlier run
+            return Path(told) if told else None
         start = choose() if _rank() == 0 else None
         chosen = str(start) if start else ""
         if self._started_from_outside():
             self.trainer.strategy.setup_environment()
             chosen = self.trainer.strategy.broadcast(chosen)
         else:
-            os.environ[variable] = chosen
+            os.environ[variable] = f"{os.getpid()}:{chosen}"
         return Path(chosen) if chosen else None
 
     def _started_from_outside(self) -> bool:

@@ -58,6 +58,9 @@ def run_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_RUN_ID": "test",
+                # What an earlier run in the same process leaves behind; it must mean nothing here.
+                "MMFUSION_RESUME_FROM": "1:",
+                "MMFUSION_INIT_FROM": "1:",
             },
         )
         for rank in range(world)
