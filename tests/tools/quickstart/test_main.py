@@ -62,7 +62,7 @@ def test_failing_fit_stops_the_quickstart(tmp_path):
 
 
 @pytest.mark.slow
-def test_small_quickstart_from_nothing_to_report(tmp_path):
+def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     """The real thing, downloads included where the cache (MMFUSION_CACHE) lacks them."""
     line = [sys.executable, "-m", "mmfusion", "quickstart", "--small"]
     run = tmp_path / "run"
