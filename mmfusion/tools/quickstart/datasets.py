@@ -28,7 +28,7 @@ from mmfusion.tools.quickstart.sources import Picture
 
 PICTURE_SIZE = 224
 CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = 128, 12, 6
-SPOKEN = ("en", "fr", "es")
+SPOKEN = ("en", "fr", "es", "ca", "ro")
 """Languages of the spoken captions that are used."""
 
 LANGUAGES = {
@@ -162,12 +162,10 @@ def shapes(data: Path, split: str, pictures: int, turns: int) -> Iterator[Entry]
         pictures: how many pictures, from the first.
         turns: questions of a picture in one conversation; those left over form further ones.
     """
-    by_picture = defaultdict(list)
-    for question, answer, number in json.loads((data / "questions.json").read_text()):
-        by_picture[number].append((question, answer))
+    by_picture = _questions(data)
     for number in sorted(by_picture)[:pictures]:
         asked = sorted(by_picture[number], key=lambda pair: fraction(f"{number} {pair[0]}"))
-        picture = (data / "images" / f"{number}.png").read_bytes()
+        picture = _shape_picture(data, number)
         for part in range(0, len(asked), turns):
             yield chat_entry(
                 split,
@@ -177,9 +175,54 @@ def shapes(data: Path, split: str, pictures: int, turns: int) -> Iterator[Entry]
                     (f"<image>\n{q}" if not i else q, a)
                     for i, (q, a) in enumerate(asked[part:][:turns])
                 ],
-                concept=f"shapes {split} {number}",
+                concept=_shape_concept(split, number),
                 source="shapes",
             )
+
+
+def named_shapes(data: Path, split: str, pictures: int) -> Iterator[Entry]:
+    """Pictures of shapes with what they show as a caption, ``A blue circle.``, taken from the
+    questions that name it; those whose questions leave the shape or the color open are left out.
+
+    Args:
+        data, split, pictures: as of :func:`shapes`.
+    """
+    by_picture = _questions(data)
+    told = [pair for pairs in by_picture.values() for pair in pairs if pair[0].startswith("what")]
+    colors = {answer for question, answer in told if question.startswith("what color")}
+    names = {answer for _, answer in told} - colors
+    for number in sorted(by_picture)[:pictures]:
+        words = {
+            word.strip("?")
+            for pair in by_picture[number]
+            if pair[0].startswith("what")
+            for word in " ".join(pair).split()
+        }
+        if words & colors and words & names:
+            yield _entry(
+                split,
+                f"{split}-{number:04d}",
+                {"png": _shape_picture(data, number)},
+                f"A {(words & colors).pop()} {(words & names).pop()}.",
+                concept=_shape_concept(split, number),
+                source="named shapes",
+            )
+
+
+def _questions(data: Path) -> dict[int, list[tuple[str, str]]]:
+    """Picture number -> its questions and answers."""
+    by_picture = defaultdict(list)
+    for question, answer, number in json.loads((data / "questions.json").read_text()):
+        by_picture[number].append((question, answer))
+    return by_picture
+
+
+def _shape_picture(data: Path, number: int) -> bytes:
+    return (data / "images" / f"{number}.png").read_bytes()
+
+
+def _shape_concept(split: str, number: int) -> str:
+    return f"shapes {split} {number}"
 
 
 def chat_entry(

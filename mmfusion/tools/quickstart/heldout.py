@@ -71,21 +71,16 @@ def with_media(sample: Sample, media: Sequence[Media]) -> Sample:
     return replace(sample, messages=messages)
 
 
-def with_answer(sample: Sample, other: Sample) -> Sample:
-    """The sample with another sample's last turn, its white space and all."""
-    return replace(sample, messages=(*sample.messages[:-1], other.messages[-1]))
-
-
-def strangers(items: Sequence[HeldOut], count: int) -> list[list[int]]:
+def strangers(items: Sequence[HeldOut], count: int, draw: int = 0) -> list[list[int]]:
     """For each item, ``count`` others of the same source with another concept, all of different
-    concepts, drawn without repetition (fewer where there are no more).
+    concepts, drawn without repetition (fewer where there are no more). Each ``draw`` is another.
     """
     groups = defaultdict(list)
     for index, item in enumerate(items):
         groups[item.about["source"]].append(index)
     chosen = []
     for item in items:
-        rng = np.random.default_rng(int(fraction(f"strangers of {item.sample.key}") * 2**63))
+        rng = np.random.default_rng(int(fraction(f"strangers {draw} of {item.sample.key}") * 2**63))
         seen: set[str] = {item.concept}
         found: list[int] = []
         for other in rng.permutation(groups[item.about["source"]]).tolist():

@@ -30,7 +30,6 @@ from mmfusion.tools.quickstart.heldout import (
     read_held_out,
     strangers,
     text_of,
-    with_answer,
     with_media,
 )
 from mmfusion.tools.quickstart.intervals import Estimate, ratio
@@ -39,10 +38,14 @@ from mmfusion.types import MediaTensors, Message, Sample, Text
 
 STRANGERS = 3
 OPTIONS = 8
+PROMPTS_PER_BATCH, TOKENS_PER_BATCH = 32, 1024
 BOUNDS = {"pictures": (0.3, 0.6), "speech": (0.4, 1.0), "motions": (0.3, 0.3)}
 """Nats a token by which the right media must beat the no-media run, and strangers' media."""
 
-CHOICE_BOUNDS = {"stamps": 0.45}
+CHOICES = 20
+CHOICE_BOUNDS = {"stamps": 0.45, "clipart": None}
+"""Sources whose captions are chosen among, and the share of right choices to reach."""
+
 SHAPES_BOUND = 0.80
 
 Figures = dict[str, Any]
@@ -171,28 +174,34 @@ def _by_source(
 def choice_figures(chat: Chat, items: Sequence[HeldOut]) -> dict[str, Estimate]:
     """How often the right one of ``OPTIONS`` captions of the same source is preferred, by source.
 
-    A caption's score is its loss under these media minus its loss under blank ones: what is likely
-    anyway is not preferred for it.
+    A caption's score is its loss under these media minus its mean loss under media of all other
+    concepts: what is likely anyway is not preferred for it. Every item is asked with ``CHOICES``
+    draws of wrong captions.
     """
-    samples = [item.sample for item in items]
-    blanks, _ = _scores(chat, [with_media(s, [blank(m) for m in s.media]) for s in samples])
-    asked = [
-        [index, *found]
-        for index, found in enumerate(strangers(items, OPTIONS - 1))
-        if len(found) == OPTIONS - 1
-    ]
-    if not asked:
-        return {}
-    flat = [with_answer(samples[options[0]], samples[o]) for options in asked for o in options]
-    sums, _ = _scores(chat, flat)
-    advantage = sums.reshape(len(asked), OPTIONS) - blanks[np.array(asked)]
-    right = (advantage.argmin(1) == 0).astype(np.float64)
-    chosen = [items[options[0]] for options in asked]
-    figures = _by_source(chosen, {"share": right}, np.ones(len(right)))
-    return {
-        source: replace(figure["share"], bound=CHOICE_BOUNDS.get(source))
-        for source, figure in figures.items()
-    }
+    figures = {}
+    for source, bound in CHOICE_BOUNDS.items():
+        group = [item for item in items if item.about["source"] == source]
+        if len({item.concept for item in group}) < OPTIONS:
+            continue
+        scores = _scores_over_others(chat, group)
+        right = np.zeros(len(group))
+        for draw in range(CHOICES):
+            for index, others in enumerate(strangers(group, OPTIONS - 1, draw)):
+                right[index] += scores[index, index] < scores[others, index].min()
+        concepts = [item.concept for item in group]
+        figures[source] = ratio(right / CHOICES, np.ones(len(group)), concepts, bound)
+    return figures
+
+
+def _scores_over_others(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
+    """(S, S): the loss of caption a under the media of b, minus its mean under other concepts'."""
+    sums, _ = _scores(
+        chat, [with_media(a.sample, b.sample.media) for a in items for b in items]
+    )
+    losses = sums.reshape(len(items), len(items))
+    concepts = np.array([item.concept for item in items])
+    other = concepts[:, None] != concepts
+    return losses - np.where(other, losses, 0).sum(1, keepdims=True) / other.sum(1, keepdims=True)
 
 
 def motion_figures(chat: Chat, items: Sequence[HeldOut]) -> Estimate:
@@ -223,7 +232,12 @@ def shape_figures(chat: Chat, source: Source, train: Source, questions: int) -> 
     """
     asked = list(alone(read_held_out(source)))[:questions]
     truths = [normal(truth) for _, _, truth in asked]
-    said = chat.generate([list(sample.messages) for _, sample, _ in asked], max_new_tokens=6)
+    prompts = [list(sample.messages) for _, sample, _ in asked]
+    said = [
+        answer
+        for start in range(0, len(prompts), PROMPTS_PER_BATCH)
+        for answer in chat.generate(prompts[start:][:PROMPTS_PER_BATCH], max_new_tokens=6)
+    ]
     guesses: dict[str, Counter[str]] = defaultdict(Counter)
     for _, sample, truth in alone(read_held_out(train)):
         guesses[text_of(sample.messages[0])][normal(truth)] += 1
@@ -256,5 +270,5 @@ def normal(answer: str) -> str:
 
 def _scores(chat: Chat, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
     """(S,) losses in nats and (S,) trained tokens."""
-    sums, counts = chat.score(samples)
+    sums, counts = chat.score(samples, TOKENS_PER_BATCH)
     return sums.numpy(), counts.numpy()

@@ -138,6 +138,24 @@ def test_questions_of_a_picture_are_dealt_to_conversations_once(assets):
     assert {k: sorted(v) for k, v in asked.items()} == {k: sorted(v) for k, v in expected.items()}
 
 
+def test_shapes_are_named_by_what_their_questions_tell(tmp_path):
+    asked = [
+        ["what is the blue shape?", "rectangle", 0],
+        ["is there a red shape?", "no", 0],
+        ["what color is the circle?", "teal", 1],
+        ["what shape is present?", "circle", 4],
+        ["what shape is in the image?", "triangle", 2],
+        ["what color is the shape?", "blue", 3],
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"picture %d" % number)
+    entries = list(datasets.named_shapes(tmp_path, "train", pictures=4))
+    assert [entry.record["txt"] for entry in entries] == [b"A blue rectangle.", b"A teal circle."]
+    assert [entry.record["png"] for entry in entries] == [b"picture 0", b"picture 1"]
+
+
 def test_every_entry_is_a_sample_for_its_converter(assets, pictures, tmp_path):
     caption, conversation = Caption(), Conversation()
     for entry in [

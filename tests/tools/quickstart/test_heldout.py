@@ -16,7 +16,6 @@ from mmfusion.tools.quickstart.heldout import (
     read_held_out,
     strangers,
     text_of,
-    with_answer,
     with_media,
 )
 from mmfusion.tools.quickstart.sources import read_committed
@@ -66,10 +65,10 @@ def test_media_are_replaced_in_reading_order():
     assert sample.media == [a, b]
 
 
-def test_another_answer_keeps_media_and_prompt():
-    changed = with_answer(ITEMS[0].sample, ITEMS[1].sample)
-    assert changed.messages[0] == ITEMS[0].sample.messages[0]
-    assert changed.messages[1] == ITEMS[1].sample.messages[1]
+def test_another_draw_of_strangers_is_another_choice_and_the_same_every_time():
+    first, second = (strangers(ITEMS, 3, draw) for draw in (0, 1))
+    assert first != second
+    assert second == strangers(ITEMS, 3, 1)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class KnownLosses:
     def __init__(self, right=1.0, wrong=3.0, blank=2.0, guess=None):
         self.right, self.wrong, self.blank, self.guess = right, wrong, blank, guess
 
-    def score(self, samples):
+    def score(self, samples, tokens_per_batch=4096):
         sums, counts = [], []
         for sample in samples:
             caption, media = text_of(sample.messages[-1]), sample.media[0].data
