@@ -50,6 +50,14 @@ def greedy(chat: Chat, messages: list[Message], steps: int) -> str:
     return chat.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def test_generation_compiles_nothing_where_training_does(run_dir: Path) -> None:
+    chat = mmfusion.load(run_dir, device="cpu")
+    chat.model.llm.compile_layers()
+    torch._dynamo.utils.counters.clear()
+    assert chat.generate(PROMPTS[0], max_new_tokens=3)
+    assert not torch._dynamo.utils.counters["stats"]
+
+
 def test_another_dtype_is_that_of_the_weights_not_of_the_positions(run_dir: Path) -> None:
     chat = mmfusion.load(run_dir, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in chat.model.parameters()} == {torch.bfloat16}

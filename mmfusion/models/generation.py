@@ -40,13 +40,15 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
         )
     embeds, mask = pad_left(model.embed(prompts)[0], prompts.cu_seqlens)
     end = end_token_ids(model)
-    return backbone.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        eos_token_id=end,
-        pad_token_id=_pad_token_id(model.processor().tokenizer, end),
-        **options,
-    )
+    # Layers compiled for training would be compiled anew for every state of the cache.
+    with torch.compiler.set_stance("force_eager"):
+        return backbone.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            eos_token_id=end,
+            pad_token_id=_pad_token_id(model.processor().tokenizer, end),
+            **options,
+        )
 
 
 def pad_left(embeds_1SD: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,15 @@ def test_recipes_are_found_and_are_those_of_the_stages():
     assert set(main.SMALL) == {"1_align_input", "3_instruct"}
 
 
-def test_no_media_recipe_replaces_the_projectors_and_their_rate_and_nothing_else():
+def test_no_media_recipe_replaces_the_projectors_and_their_rates_and_nothing_else():
     recipe = yaml.safe_load((find_recipes() / "no_media.yaml").read_text())
     stage1 = yaml.safe_load((find_recipes() / "1_align_input.yaml").read_text())
     assert set(recipe) == {"run_dir", "model"}
     assert set(recipe["model"]) == {"input_projectors", "tuning"}
-    assert set(recipe["model"]["tuning"]) == set(stage1["model"]["tuning"]) == {"input_projectors"}
+    assert set(stage1["model"]["tuning"]) == {"input_projectors"}
+    assert set(recipe["model"]["tuning"]) == {
+        f"input_projectors.{modality}" for modality in stage1["model"]["input_projectors"]
+    }
     for modality, projector in stage1["model"]["input_projectors"].items():
         constant = recipe["model"]["input_projectors"][modality]
         assert constant["class_path"].endswith("LearnedTokens")
