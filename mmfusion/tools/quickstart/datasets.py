@@ -209,6 +209,19 @@ def named_shapes(data: Path, split: str, pictures: int) -> Iterator[Entry]:
             )
 
 
+def named_talks(data: Path, split: str, pictures: int) -> Iterator[Entry]:
+    """:func:`named_shapes` as conversations of one turn."""
+    for entry in named_shapes(data, split, pictures):
+        yield chat_entry(
+            split,
+            f"named-{entry.key}",
+            {"png": entry.record["png"]},
+            [("<image>\nWhat color and shape is this?", entry.record["txt"].decode())],
+            concept=json.loads(entry.record["json"])["concept"],
+            source="named talks",
+        )
+
+
 def _questions(data: Path) -> dict[int, list[tuple[str, str]]]:
     """Picture number -> its questions and answers."""
     by_picture = defaultdict(list)

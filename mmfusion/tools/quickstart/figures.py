@@ -13,7 +13,7 @@ from typing import Any
 
 from mmfusion.tools.quickstart.intervals import Estimate
 
-HELD_OUT = {False: 300, True: 48}
+HELD_OUT = {False: 240, True: 48}
 QUESTIONS = {False: 600, True: 60}
 """Samples of a data set and questions about shapes that are measured, by ``small``."""
 

@@ -195,9 +195,7 @@ def choice_figures(chat: Chat, items: Sequence[HeldOut]) -> dict[str, Estimate]:
 
 def _scores_over_others(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
     """(S, S): the loss of caption a under the media of b, minus its mean under other concepts'."""
-    sums, _ = _scores(
-        chat, [with_media(a.sample, b.sample.media) for a in items for b in items]
-    )
+    sums, _ = _scores(chat, [with_media(a.sample, b.sample.media) for a in items for b in items])
     losses = sums.reshape(len(items), len(items))
     concepts = np.array([item.concept for item in items])
     other = concepts[:, None] != concepts

@@ -154,6 +154,10 @@ def test_shapes_are_named_by_what_their_questions_tell(tmp_path):
     entries = list(datasets.named_shapes(tmp_path, "train", pictures=4))
     assert [entry.record["txt"] for entry in entries] == [b"A blue rectangle.", b"A teal circle."]
     assert [entry.record["png"] for entry in entries] == [b"picture 0", b"picture 1"]
+    first, *_ = datasets.named_talks(tmp_path, "train", pictures=4)
+    messages = json.loads(first.record["json"])["messages"]
+    assert [m["content"] for m in messages][1:] == ["A blue rectangle."]
+    assert messages[0]["content"].startswith("<image>")
 
 
 def test_every_entry_is_a_sample_for_its_converter(assets, pictures, tmp_path):
