@@ -184,8 +184,7 @@ def named_shapes(data: Path, split: str, pictures: int) -> Iterator[Entry]:
     """Pictures of shapes with what they show as a caption, ``A blue circle.``, taken from the
     questions that name it; those whose questions leave the shape or the color open are left out.
 
-    Args:
-        data, split, pictures: as of :func:`shapes`.
+    The arguments are those of :func:`shapes`.
     """
     by_picture = _questions(data)
     told = [pair for pairs in by_picture.values() for pair in pairs if pair[0].startswith("what")]
