@@ -10,12 +10,13 @@ from typing import Any
 
 import lightning as L
 
-from mmfusion.data.loader import Division, FixedLoader, TrainLoader, Workers
+from mmfusion.data.loader import Division, FixedLoader, TrainLoader
 from mmfusion.data.reader import Budget
 from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import make_spec
 from mmfusion.data.validation import ValidationBatches
+from mmfusion.data.workers import Workers
 from mmfusion.processing.processor import Processor
 
 

@@ -20,6 +20,7 @@ from mmfusion.data.parcel import Parcel, pack, unpack
 from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
+from mmfusion.data.workers import Workers, leave_signals
 from mmfusion.processing.processor import Processor
 from mmfusion.types import Batch, EncodedSample
 
@@ -38,19 +39,6 @@ class Division:
         """Micro-batches of a rank in a step; equal on all ranks."""
         packs = -(-self.packs_per_step // self.world)
         return -(-packs // self.packs_per_micro_batch)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How batches are made.
-
-    Attributes:
-        count: loader processes; 0 makes them in the main process.
-        start_method: fork, spawn or forkserver; None takes the platform's.
-    """
-
-    count: int = 0
-    start_method: str | None = None
 
 
 def make_micro_batches(
@@ -160,4 +148,5 @@ def _data_loader(dataset: Dataset, workers: Workers, persistent: bool) -> DataLo
         pin_memory=torch.cuda.is_available(),
         persistent_workers=persistent and workers.count > 0,
         multiprocessing_context=workers.start_method if workers.count else None,
+        worker_init_fn=leave_signals(workers.start_method) if workers.count else None,
     )

@@ -202,7 +202,9 @@ class MultimodalModule(L.LightningModule):
         """
         splits = self.trainer.accumulate_grad_batches
         micro = batch_idx % splits
-        torch.manual_seed(_key(self.seed, self.global_step, self.global_rank * splits + micro))
+        # Named by what is in it, a micro-batch draws the same on any rank.
+        first = batch.samples[0].ref.position if batch.samples else -1
+        torch.manual_seed(_key(self.seed, self.global_step, first))
         if micro == 0:
             flags = torch.tensor([flag() for flag in self.flags.values()], dtype=torch.int64)
             mine = [batch.step_targets[None], flags.to(self.device, non_blocking=True)]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmfusion.data.loader import Division, TrainLoader, Workers
+from mmfusion.data.loader import Division, TrainLoader
+from mmfusion.data.workers import Workers
 from mmfusion.data.parcel import pack, unpack
 from mmfusion.data.reader import SampleError
 from tests.data.synthetic import keys_of, make_data, same_tensors, write_source

@@ -105,12 +105,14 @@ def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code):
+    """Loader processes get the signal too, as from a terminal."""
     name = number.name
-    process = jobs.start(options(home, recipe, name), home / f"{name}.log")
+    args = [*options(home, recipe, name), "--data.num_workers=2"]
+    process = jobs.start(args, home / f"{name}.log", prepare=os.setsid)
     csv = home / name / "metrics.csv"
     while process.is_alive() and (not csv.exists() or not losses_of(home / name).get(4)):
         time.sleep(0.01)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     process.join()
     log = (home / f"{name}.log").read_text()
     assert process.exitcode == code, log

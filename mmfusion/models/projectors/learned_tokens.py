@@ -32,14 +32,14 @@ class LearnedTokens(Projector):
         max_tokens: int = 256,
     ) -> None:
         super().__init__()
-        self._count = super().num_tokens
+        self._count = None
         if like is not None:
             with torch.device("meta"):
                 self._count = like(in_dim, out_dim).num_tokens
         self.tokens = nn.Parameter(torch.randn(max_tokens, out_dim) * 0.02)
 
     def num_tokens(self, num_features: int) -> int:
-        count = self._count(num_features)
+        count = (self._count or super().num_tokens)(num_features)
         if count > len(self.tokens):
             raise ValueError(
                 f"an item of {num_features} features takes {count} tokens, LearnedTokens has "

@@ -144,8 +144,9 @@ class RunCheckpoint(Checkpoint):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        for taken, handler in self._handlers.items():
-            signal.signal(taken, handler)
+        signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
+        # A second one ends at once; Lightning's own handler would wait for the other ranks.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _release(self) -> None:
         for number, handler in self._handlers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from functools import partial
 
@@ -84,3 +85,11 @@ def test_a_recipe_declares_projectors_without_widths() -> None:
     made = {name: make(6, 5) for name, make in parser.instantiate_classes(config).p.items()}
     assert isinstance(made["audio"], LearnedTokens)
     assert made["image"].num_tokens(9) == made["audio"].num_tokens(9) == 3
+
+
+@pytest.mark.parametrize("like", [None, lambda a, b: MLP(a, b, stack=4)])
+def test_learned_tokens_count_the_same_in_a_spawned_loader(like) -> None:
+    tokens = LearnedTokens(8, 8, like=like)
+    counts = [tokens.num_tokens(n) for n in (1, 4, 9)]
+    again = pickle.loads(pickle.dumps(tokens))
+    assert [again.num_tokens(n) for n in (1, 4, 9)] == counts == ([1, 4, 9], [1, 1, 3])[bool(like)]

@@ -1,0 +1,63 @@
+"""Loader processes: how many, how they start, and what they do with the signals that stop a run.
+
+A terminal's Ctrl-C, torchrun and Slurm send their signal to every process of the run, loaders
+included. The trainer then still needs the batches of the step it finishes, so loaders leave SIGINT
+and SIGTERM to it, until the interpreter exits and ends them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from functools import cache
+from types import FrameType
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How batches are made.
+
+    Attributes:
+        count: loader processes; 0 makes them in the main process.
+        start_method: fork, spawn or forkserver; None takes the platform's.
+    """
+
+    count: int = 0
+    start_method: str | None = None
+
+
+@cache
+def leave_signals(start_method: str | None) -> LeaveSignals:
+    """The ``worker_init_fn`` of the loaders started by a method; one of each in a process."""
+    leave = LeaveSignals(start_method)
+    atexit.register(leave.end)
+    return leave
+
+
+class LeaveSignals:
+    """Called in a loader process: from then on SIGINT means nothing to it, and SIGTERM only once
+    its parent is ending.
+    """
+
+    def __init__(self, start_method: str | None) -> None:
+        self._ending = multiprocessing.get_context(start_method).RawValue("b", 0)
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if self._ending.value:
+            os._exit(0)
+
+    def end(self) -> None:
+        """In the parent: end what is left of its loaders. One may be in the midst of a long step,
+        and is waited for at exit otherwise.
+        """
+        self._ending.value = 1
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.terminate()
