@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mmfusion.data.loader import Division, TrainLoader
-from mmfusion.data.workers import Workers
 from mmfusion.data.parcel import pack, unpack
 from mmfusion.data.reader import SampleError
+from mmfusion.data.workers import Workers
 from tests.data.synthetic import keys_of, make_data, same_tensors, write_source
 
 
