@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
-        _fail(name, str(error), getattr(error, "exit_code", 1))
+        # From a loader process a message comes with that process's traceback before it.
+        message = str(error).rpartition(f".{type(error).__name__}: ")[2]
+        _fail(name, message, getattr(error, "exit_code", 1))
 
 
 def usage() -> str:

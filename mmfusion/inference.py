@@ -235,6 +235,8 @@ def _message(message: Message | Mapping[str, Any]) -> Message:
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"a message has the role {role!r}; expected system, user or assistant.")
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(f"a message's content is {_short(content)}; expected a text or a list.")
     parts = [content] if isinstance(content, str) else content
     return Message(cast(Role, role), tuple(_part(part) for part in parts))
 
@@ -245,10 +247,11 @@ def _part(part: Any) -> Text | Media:
     if isinstance(part, str):
         return Text(part)
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and "text" in part:
+    if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind == "image_url":
-        return _from_url("image", part["image_url"]["url"])
+        url = part.get("image_url")
+        return _from_url("image", str(url.get("url") if isinstance(url, Mapping) else url))
     if kind == "input_audio":
         audio = part["input_audio"]
         return Media("audio", _base64(audio["data"]), audio["format"])

@@ -133,6 +133,10 @@ def test_plain_dicts_make_the_same_conversation(tmp_path: Path) -> None:
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], ValueError),
         ([{"type": "image"}], ValueError),
         ([3], ValueError),
+        (None, ValueError),
+        (7, ValueError),
+        ([{"type": "text", "text": 7}], ValueError),
+        ([{"type": "image_url", "image_url": "x"}], ValueError),
     ],
 )
 def test_bad_content_is_named(content: list, error: type[Exception]) -> None:

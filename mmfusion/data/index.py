@@ -145,6 +145,8 @@ def check_index(path: str, offsets: Offsets) -> None:
         problem = f"goes on at byte {end}, where by the index the samples end"
     elif len(offsets) > 1 and not all(_is_header(header) for header in headers):
         problem = "has no tar header where by the index a sample starts"
+    elif offsets[0] > 0 and int(scan(path)[0]) != offsets[0]:
+        problem = f"holds samples before byte {offsets[0]}, where its index starts"
     elif status.st_mtime_ns > os.stat(index_path(path)).st_mtime_ns:
         scanned = scan(path)
         if not np.array_equal(scanned, offsets):

@@ -27,6 +27,10 @@ class SampleError(RuntimeError):
     """An I/O or code error on a sample: it stops the run and names the sample."""
 
 
+class SampleInputError(SampleError, ValueError):
+    """A sample that fails by what the user gave: a file, a recipe, a converter's data."""
+
+
 class naming:  # noqa: N801 (reads as a statement: `with naming(...)`)
     """Lets DataErrors pass and puts the sample's name on every other error.
 
@@ -52,7 +56,8 @@ class naming:  # noqa: N801 (reads as a statement: `with naming(...)`)
             return
         ref = self._ref
         shard, number = self._sources[ref.source].shards.locate(ref.index)
-        raise SampleError(
+        named = SampleInputError if isinstance(error, ValueError | OSError) else SampleError
+        raise named(
             f"{self._doing} sample {ref.index} of source {ref.source!r} (epoch {ref.epoch}, "
             f"sample {number} of {shard}) failed with {type(error).__name__}: {error}"
         ) from error

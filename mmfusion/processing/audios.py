@@ -23,6 +23,9 @@ from mmfusion.types import DataError
 MAX_SECONDS = 3600.0
 """Seconds of sound above which a file, or a span of it, is refused."""
 
+MAX_VALUES = 2**28
+"""Samples of all channels together above which it is refused: 1 GiB."""
+
 MAX_CHANNELS = 64
 MAX_RATE = 768_000
 
@@ -60,15 +63,14 @@ def decode_audio(
 
     Raises:
         DataError: ``corrupt_audio``, ``empty_audio`` (no sample), ``silent_audio`` (every sample is
-            zero), ``too_long_audio``, ``no_audio_stream``, ``bad_span``.
+            zero), ``too_long_audio``, ``too_large_audio``, ``no_audio_stream``,
+            ``bad_span``.
     """
     seconds = audio_seconds(data, format, start, end, max_seconds)
     if _soundfile_seconds(data) is None:
         channels, file_rate = _read_pyav(data, format, start or 0.0, seconds)
     else:
         channels, file_rate = _read_soundfile(data, format, start or 0.0, seconds)
-    if not np.isfinite(channels).all():
-        raise DataError("corrupt_audio", f"the {format} audio holds NaN or infinite samples.")
     if not channels.any():
         raise DataError(
             "silent_audio",
@@ -77,6 +79,8 @@ def decode_audio(
     mono = channels.mean(axis=1, dtype=np.float32)
     if file_rate != rate:
         mono = soxr.resample(mono, file_rate, rate, quality="HQ")
+    if not np.isfinite(mono).all():
+        raise DataError("corrupt_audio", f"the {format} audio holds NaN or infinite samples.")
     return torch.from_numpy(_fit(mono, round(seconds * rate), rate, format))
 
 
@@ -153,7 +157,9 @@ def _read_soundfile(data: bytes, format: str, start: float, seconds: float) -> t
             first, count = round(start * file.samplerate), round(seconds * file.samplerate)
             # libsndfile lands beside the place in MP3s (also between two reads): one read from 0.
             run_up = first if file.format == "MP3" else round(RUN_UP_SECONDS * file.samplerate)
-            if skip := max(first - run_up, 0):
+            skip = max(first - run_up, 0)
+            _check_size(first - skip + count, file.channels)
+            if skip:
                 file.seek(min(skip, file.frames))
             channels = file.read(first - skip + count, dtype="float32", always_2d=True)
             return channels[first - skip :], file.samplerate
@@ -169,6 +175,7 @@ def _read_pyav(data: bytes, format: str, start: float, seconds: float) -> tuple[
             stream = _sound_stream(container, format)
             _check_layout(stream.channels, stream.rate)
             rate, origin = stream.rate, start_seconds(stream)
+            _check_size(round(seconds * rate), stream.channels)
             if start:
                 run_up = max(start - RUN_UP_SECONDS, 0.0) + origin
                 container.seek(int(run_up / stream.time_base), stream=stream)
@@ -186,6 +193,16 @@ def _read_pyav(data: bytes, format: str, start: float, seconds: float) -> tuple[
     if len({piece.shape[1] for piece in pieces}) > 1:
         raise _corrupt(format, "the number of channels changes")
     return np.concatenate(pieces), rate
+
+
+def _check_size(frames: int, channels: int) -> None:
+    """Refuse what would take too much memory, whatever its header says."""
+    if frames * channels > MAX_VALUES:
+        raise DataError(
+            "too_large_audio",
+            f"the audio has {frames} frames of {channels} channels; at most {MAX_VALUES} values "
+            "are decoded. Lower its rate, or give a span.",
+        )
 
 
 def _to_float(frame: Any) -> Array:

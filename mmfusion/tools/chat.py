@@ -63,7 +63,9 @@ def lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            yield input(prompt).strip()
+            line = input(prompt)
+            # Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
+            yield line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -111,7 +113,7 @@ class Session:
             raise ValueError(f"there is no command /{modality}. {self.help()}")
         if not path:
             raise ValueError(f"/{modality} needs the path of a file.")
-        media = read_media(path, modality)
+        media = read_media(path.strip("'\""), modality)
         self._chat.processor.media[modality].num_features(media)  # is it such a file at all
         self.pending.append(media)
         print(f"({modality} {Path(path).name} goes with your next message)", flush=True)

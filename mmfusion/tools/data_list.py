@@ -134,7 +134,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
                     line.decode("utf-8-sig" if number == 1 else "utf-8"),
                     parse_constant=_refuse_constant,
                 )
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 value = BadEntry(f"not a line of JSON: {error}")
             yield f"{path}:{number}", value
 
@@ -143,7 +143,7 @@ def _read_json(path: str) -> Iterator[tuple[str, Any]]:
     with open(path, encoding="utf-8-sig") as file:
         try:
             values = json.load(file, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, list):
         raise ValueError(

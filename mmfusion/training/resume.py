@@ -84,8 +84,10 @@ def why_incomplete(path: str | Path) -> str | None:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that only their code could read"
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
-        return f"cannot be read ({str(error).splitlines()[0]})"
+    except Exception as error:  # a damaged file can raise anything: zlib's errors, KeyError, ...
+        return f"cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    if not isinstance(content, dict):
+        return f"holds a {type(content).__name__}, not a run's state"
     if missing := [key for key in REQUIRED_KEYS if key not in content]:
         return f"has no {', '.join(missing)}"
     match = STEP_NAME.fullmatch(path.name)

@@ -274,6 +274,12 @@ def test_digest_tells_captions_of_the_same_length_apart(shard: Path) -> None:
     assert shard_digest(str(shard), offsets) != before
 
 
+def test_an_index_that_starts_late_hides_no_sample(shard: Path) -> None:
+    write_index(str(shard), scan(str(shard))[2:])
+    with pytest.raises(ShardError, match="holds samples before byte"):
+        check_index(str(shard), load_index(str(shard)))
+
+
 @pytest.mark.parametrize(
     ("state", "newer"),
     [(state, newer) for state in ("longer", "shorter", "other", "cut") for newer in (True, False)]

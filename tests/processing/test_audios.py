@@ -119,6 +119,20 @@ def test_empty_silent_and_not_finite_audio_have_their_own_reasons() -> None:
     assert reason(written(broken, subtype="FLOAT")) == "corrupt_audio"
 
 
+def test_channels_whose_mean_is_not_finite_are_corrupt() -> None:
+    loud = np.full((1600, 2), 3e38, np.float32)
+    assert reason(written(loud, subtype="FLOAT")) == "corrupt_audio"
+
+
+def test_a_header_that_lies_allocates_nothing() -> None:
+    data = bytearray(written(np.random.default_rng(0).normal(0, 0.1, (1000, 8)), 48000, "flac"))
+    # STREAMINFO: 20 bits of rate, 3 of channels - 1, 5 of bits - 1, 36 of frames
+    fields = int.from_bytes(data[18:26], "big")
+    fields = (655_350 << 44) | (fields & ((1 << 44) - (1 << 36))) | (655_350 * 3599)
+    data[18:26] = fields.to_bytes(8, "big")
+    assert reason(bytes(data), "flac") == "too_large_audio"
+
+
 def test_span_outside_the_file() -> None:
     data = written(chirp())
     assert reason(data, start=3.0) == "empty_audio"

@@ -1,4 +1,5 @@
 import logging
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,19 @@ def with_an_object(path):
     torch.save({**torch.load(path), "extra": Path("x")}, path)
 
 
-@pytest.mark.parametrize("damage", [torn, flipped, empty, with_an_object])
+def no_dict(path):
+    torch.save(5, path)
+
+
+def compressed_by_its_directory(path):
+    content = bytearray(path.read_bytes())
+    content[zipfile.ZipFile(path).start_dir + 10] ^= 8  # stored -> deflated
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "damage", [torn, flipped, empty, with_an_object, no_dict, compressed_by_its_directory]
+)
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, caplog):
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
     damage(bad)

@@ -175,7 +175,7 @@ def _part(part: Any, shelf: _Shelf) -> Text | Media:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return Text(as_text(part.get("text"), "a text part"))
-    if kind not in PART_MODALITIES:
+    if not isinstance(kind, str) or kind not in PART_MODALITIES:
         raise DataError(
             "unknown_part",
             f"a content part has the type {kind!r}; expected 'text' or one of "

@@ -150,8 +150,16 @@ class StreamStateCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the list of bad samples up to date."""
-        if self._data is not None:
-            self._gather()
+        if self._data is None:
+            return
+        self._gather()
+        counts = self._stream.counts.values()
+        bad = sum(sum(source.bad.values()) for source in counts)
+        if bad and not any(source.seen for source in counts):
+            raise BadDataError(
+                f"nothing was trained: all {bad} samples are unusable. They are listed in "
+                f"{self._path}."
+            )
 
     @property
     def _stream(self) -> StreamState:

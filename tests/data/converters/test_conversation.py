@@ -178,6 +178,7 @@ def test_wrong_order_is_refused(roles: list[str]) -> None:
         (3, "missing_key"),
         ([{"role": "user", "content": None}], "bad_text"),
         ([{"role": "user", "content": [{"type": "file"}]}], "unknown_part"),
+        ([{"role": "user", "content": [{"type": ["image"]}]}], "unknown_part"),
         ([{"role": "user", "content": ["a"]}], "unknown_part"),
         ([{"role": "user", "content": [{"type": "text"}]}], "bad_text"),
         ([{"role": "user", "content": [{"type": "image", "image": 3}]}], "bad_text"),

@@ -223,6 +223,13 @@ def test_a_small_source_of_bad_samples_stops_the_run_though_all_together_are_few
     assert data.state.counts["good"].seen > 19 * 24  # all together within the limit
 
 
+def test_a_run_that_could_train_on_nothing_does_not_finish(tmp_path):
+    folder = {"few": write_source(tmp_path / "few", 5, bad=dict.fromkeys(range(5), "odd"))}
+    with pytest.raises(BadDataError, match="all 5 samples are unusable"):
+        fit(make_data(folder, epochs=1), tmp_path)
+    assert len(listed(tmp_path)) == 5
+
+
 @pytest.mark.parametrize("before", [1, 2])
 def test_validation_keeps_its_steps_after_a_resume_with_other_micro_batches(
     folders, tmp_path, before
