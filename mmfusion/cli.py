@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, rest = _command(args)
     try:
         _run(name, rest)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted.", 130)
     except (ValueError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise

@@ -25,7 +25,8 @@ def measure_run(run: Path, stage1: Path, no_media: Path | None, small: bool) -> 
     from mmfusion.tools.quickstart.measure import measure_answers, measure_captions
 
     runs = {"stage 1": stage1, "stage 3": run, **({"no media": no_media} if no_media else {})}
-    key = {name: (folder / "checkpoints" / "latest").read_text() for name, folder in runs.items()}
+    key: dict[str, Any] = {name: newest_checkpoint(folder) for name, folder in runs.items()}
+    key["small"] = small
     file = run / "figures.json"
     if file.exists() and (known := json.loads(file.read_text()))["checkpoints"] == key:
         return known
@@ -39,6 +40,12 @@ def measure_run(run: Path, stage1: Path, no_media: Path | None, small: bool) -> 
     text = json.dumps(figures, indent=1, default=Estimate.as_dict)
     file.write_text(text)
     return json.loads(text)
+
+
+def newest_checkpoint(run: Path) -> str:
+    """Its name and when it was written: a run that was started over has others of the same name."""
+    name = (run / "checkpoints" / "latest").read_text().strip()
+    return f"{name} {(run / 'checkpoints' / name).stat().st_mtime_ns}"
 
 
 def training_figures(run: Path) -> dict[str, float]:

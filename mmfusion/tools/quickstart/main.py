@@ -70,7 +70,7 @@ def quickstart(
         from mmfusion.tools.quickstart.figures import measure_run, print_figures
         from mmfusion.tools.quickstart.report import write_report
 
-        no_media = run / NO_MEDIA if (run / NO_MEDIA / "status.json").exists() else None
+        no_media = run / NO_MEDIA if finished(run / NO_MEDIA) else None
         figures = measure_run(run, run / STAGE1, no_media, small)
         print_figures(figures)
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
@@ -126,8 +126,7 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
     Raises:
         SystemExit: with fit's code, where it failed or was interrupted.
     """
-    status = run / "status.json"
-    if status.exists() and json.loads(status.read_text())["state"] == "finished":
+    if finished(run):
         print(f"   {run} is finished", flush=True)
         return
     configs = [part for recipe in recipes for part in ("-c", str(recipe))]
@@ -137,16 +136,26 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
     print("   $ mmfusion " + " ".join(arguments), flush=True)
     environment = {**os.environ, "MMFUSION_CACHE": str(cache_dir())}
     child = subprocess.Popen([sys.executable, "-m", "mmfusion", *arguments], env=environment)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        # The terminal's Ctrl-C reached fit as well: it finishes its step and saves.
-        code = child.wait()
-        raise SystemExit(f"\nInterrupted (code {code}). The same line again goes on.") from None
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:
+            # The terminal's Ctrl-C reached fit as well: it finishes its step and saves.
+            interrupted = True
+    if interrupted and code == 130:
+        raise SystemExit("\nInterrupted. The same line again goes on.")
     if code:
         raise SystemExit(
             f"\nmmfusion fit ended with code {code}; see above. The same line again goes on."
         )
+
+
+def finished(run: Path) -> bool:
+    """Whether a run is there and came to its end."""
+    status = run / "status.json"
+    return status.exists() and json.loads(status.read_text())["state"] == "finished"
 
 
 def print_manifest(manifest: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -144,6 +145,7 @@ class RunCheckpoint(Checkpoint):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
         signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
         # A second one ends at once; Lightning's own handler would wait for the other ranks.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
