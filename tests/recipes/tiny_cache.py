@@ -66,9 +66,11 @@ def fill(recipe: Mapping[str, Any], samples: int = 6) -> None:
     modalities = list(recipe.get("model", {}).get("encoders", {}))
     for source in _with_key(recipe.get("data", {}), "shards"):
         kind = source["converter"]["class_path"].rsplit(".", 1)[-1]
-        path = Path(expand(source["shards"]))
-        if not list(path.parent.glob(path.name)):
-            write_shard(str(path).replace("*", "%06d"), kind, modalities, samples)
+        shards = source["shards"]
+        for pattern in [shards] if isinstance(shards, str) else shards:
+            path = Path(expand(pattern))
+            if not list(path.parent.glob(path.name)):
+                write_shard(str(path).replace("*", "%06d"), kind, modalities, samples)
 
 
 def write_shard(pattern: str, converter: str, modalities: list[str], samples: int) -> None:

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from mmfusion.training import checkpoint
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.resume import by_step, find
 from tests.training import jobs
-from tests.training.tiny import losses, steps, write_recipe
+from tests.training.tiny import Recorder, losses, steps, write_recipe
 
 STEPS = 12
 
@@ -103,12 +104,28 @@ def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
     assert "not resuming from step-00000012.ckpt" in (home / "torn.log").read_text()
 
 
+def wait_for_the_signal():
+    """A group of its own, as a terminal's; the sixth step ends when the signal has come, so that a
+    slow machine does not finish the run before.
+    """
+    os.setsid()
+    end = Recorder.on_train_batch_end
+
+    def held(self, trainer, *rest):
+        end(self, trainer, *rest)
+        keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
+        while trainer.global_step == 6 and not keeper._signal:
+            time.sleep(0.001)
+
+    Recorder.on_train_batch_end = held
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code):
     """Loader processes get the signal too, as from a terminal."""
     name = number.name
     args = [*options(home, recipe, name), "--data.num_workers=2"]
-    process = jobs.start(args, home / f"{name}.log", prepare=os.setsid)
+    process = jobs.start(args, home / f"{name}.log", prepare=wait_for_the_signal)
     csv = home / name / "metrics.csv"
     while process.is_alive() and (not csv.exists() or not losses_of(home / name).get(4)):
         time.sleep(0.01)
