@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ class Chat:
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[True], **options: Any
-    ) -> Iterator[str]: ...
+    ) -> Generator[str, None, None]: ...
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[False] = False, **options: Any
@@ -99,7 +99,7 @@ class Chat:
         do_sample: bool = False,
         seed: int | None = None,
         **options: Any,
-    ) -> str | list[str] | Iterator[str]:
+    ) -> str | list[str] | Generator[str, None, None]:
         """Answer one conversation or a batch of them.
 
         Args:
@@ -135,7 +135,9 @@ class Chat:
         answers = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [answer.strip() for answer in answers] if batch else answers[0].strip()
 
-    def _stream(self, prompts: Batch, seed: int | None, options: dict[str, Any]) -> Iterator[str]:
+    def _stream(
+        self, prompts: Batch, seed: int | None, options: dict[str, Any]
+    ) -> Generator[str, None, None]:
         """Pieces of the answer; leaving the iterator early stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         stop = _Stop()

@@ -20,6 +20,7 @@ from mmfusion.data.parcel import Parcel, pack, unpack
 from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
+from mmfusion.data.validation import ValidationBatches
 from mmfusion.data.workers import Workers, leave_signals
 from mmfusion.processing.processor import Processor
 from mmfusion.types import Batch, EncodedSample
@@ -129,9 +130,9 @@ class TrainLoader:
 class FixedLoader:
     """A fixed list of batches, made anew in every pass."""
 
-    def __init__(self, batches: Dataset[Batch], workers: Workers) -> None:
+    def __init__(self, batches: ValidationBatches, workers: Workers) -> None:
         self._loader = _data_loader(batches, workers, persistent=True)
-        self._length = len(batches)  # type: ignore[arg-type]
+        self._length = len(batches)
 
     def __len__(self) -> int:
         return self._length

@@ -10,28 +10,28 @@ import tarfile
 from collections.abc import Mapping
 from types import TracebackType
 
-from mmfusion.data.index import index_path, scan, write_index
+from mmfusion.data.index import Offsets, scan, write_index
 from mmfusion.data.whole_file import publish, temporary_path
 
 _NUMBER = re.compile(r"%0?\d*d")
 
 
 class ShardWriter:
-    """Writes numbered tars. A shard appears with its index when it is complete, or not at all; the
-    same records give the same bytes.
+    """Writes numbered tars, each with its index. They appear together when all are complete, or not
+    at all: a part of a data set would be read as if it were whole. The same records give the same
+    bytes.
 
-    Use it as a context manager: where the block ends with an exception, the unfinished shard is
-    dropped and the finished ones stay (see ``discard``).
+    Use it as a context manager: where the block ends with an exception, nothing is made.
 
     Args:
         pattern: path with a number, e.g. ``data/train-%06d.tar``.
         max_samples: samples in a shard.
         max_bytes: bytes of records in a shard; a larger record gets a shard of its own.
-        overwrite: remove all shards of this pattern first. Without it their presence is an error,
-            so that no old shard stays among new ones.
+        overwrite: remove all earlier shards of this pattern once the new ones are complete. Without
+            it their presence is an error, so that no old shard stays among new ones.
 
     Attributes:
-        paths: the finished shards.
+        paths: the shards, once they are there.
         num_samples: records written so far.
     """
 
@@ -51,10 +51,22 @@ class ShardWriter:
             raise ValueError(f"max_samples={max_samples} and max_bytes={max_bytes} must be >= 1")
         os.makedirs(folder or ".", exist_ok=True)
         self._pattern, self._max_samples, self._max_bytes = pattern, max_samples, max_bytes
-        self._clear(folder or ".", name, overwrite)
+        self._folder = folder or "."
+        start, end = map(re.escape, _NUMBER.split(name))
+        self._names = re.compile(rf"{start}\d+{end}(\.idx)?")
+        left_behind = re.compile(rf"\.{self._names.pattern}\.\d+-[0-9a-f]+\.tmp")  # by a kill
+        for found in os.listdir(self._folder):
+            if left_behind.fullmatch(found):
+                os.unlink(os.path.join(self._folder, found))
+        if (present := self._present()) and not overwrite:
+            raise FileExistsError(
+                f"{self._folder} already holds {present[0]} and {len(present) - 1} more files of "
+                f"{pattern}; choose another name, or overwrite them (overwrite=True)"
+            )
         self.paths: list[str] = []
         self.num_samples = 0
         self._shard: _OpenTar | None = None
+        self._complete: list[tuple[str, Offsets]] = []
 
     def write(self, key: str, record: Mapping[str, bytes]) -> None:
         """Append a record.
@@ -77,24 +89,23 @@ class ShardWriter:
         if full:
             self._finish()
         if self._shard is None:
-            self._shard = _OpenTar(temporary_path(self._pattern % len(self.paths)))
+            self._shard = _OpenTar(temporary_path(self._pattern % len(self._complete)))
         if key in self._shard.keys:
             raise ValueError(f"key {key!r} was already written; keys must be unique")
         self._shard.add(key, record)
         self.num_samples += 1
 
     def close(self) -> None:
-        """Finish the last shard."""
+        """Finish the last shard and give all of them their names."""
         if self._shard is not None:
             self._finish()
-
-    def discard(self) -> None:
-        """Remove every shard that this writer made."""
-        self._abort()
-        for path in self.paths:
-            os.unlink(path)
-            os.unlink(index_path(path))
-        self.paths.clear()
+        for name in self._present():  # only where they may be overwritten
+            os.unlink(os.path.join(self._folder, name))
+        self.paths = [self._pattern % number for number in range(len(self._complete))]
+        for path, (temporary, offsets) in zip(self.paths, self._complete, strict=True):
+            write_index(path, offsets)  # first: no tar is ever seen without its index
+            publish(temporary, path)
+        self._complete = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -111,37 +122,23 @@ class ShardWriter:
             self._abort()
 
     def _finish(self) -> None:
-        """Index first, then the tar: no tar is ever seen without its index."""
         assert self._shard is not None
-        path = self._pattern % len(self.paths)
         self._shard.close()
-        write_index(path, scan(self._shard.path))
-        publish(self._shard.path, path)
-        self.paths.append(path)
+        self._complete.append((self._shard.path, scan(self._shard.path)))
         self._shard = None
 
     def _abort(self) -> None:
+        temporary = [path for path, _ in self._complete]
         if self._shard is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._shard.path)
             self._shard.file.close()
-            self._shard = None
+            temporary.append(self._shard.path)
+        for path in temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._shard, self._complete = None, []
 
-    def _clear(self, folder: str, name: str, overwrite: bool) -> None:
-        start, end = map(re.escape, _NUMBER.split(name))
-        shard = re.compile(rf"{start}\d+{end}(\.idx)?")
-        # what a killed writer left behind
-        temporary = re.compile(rf"\.{shard.pattern}\.\d+-[0-9a-f]+\.tmp")
-        present = sorted(found for found in os.listdir(folder) if shard.fullmatch(found))
-        if present and not overwrite:
-            raise FileExistsError(
-                f"{folder} already holds {present[0]} and {len(present) - 1} more files of "
-                f"{self._pattern}; choose another name, or overwrite them (overwrite=True)"
-            )
-        if overwrite:
-            present += [found for found in os.listdir(folder) if temporary.fullmatch(found)]
-        for found in present:
-            os.unlink(os.path.join(folder, found))
+    def _present(self) -> list[str]:
+        return sorted(name for name in os.listdir(self._folder) if self._names.fullmatch(name))
 
 
 class _OpenTar:

@@ -114,7 +114,7 @@ class Session:
         if not path:
             raise ValueError(f"/{modality} needs the path of a file.")
         media = read_media(path.strip("'\""), modality)
-        self._chat.processor.media[modality].num_features(media)  # is it such a file at all
+        self._chat.processor.media[modality](media)  # decodes it: is it such a file at all
         self.pending.append(media)
         print(f"({modality} {Path(path).name} goes with your next message)", flush=True)
 
@@ -128,7 +128,7 @@ class Session:
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            stream.close()  # type: ignore[attr-defined]  # a generator
+            stream.close()
             print(" (stopped)", end="")
         print(flush=True)
         self.history += [turn, Message("assistant", (Text(answer.strip()),))]

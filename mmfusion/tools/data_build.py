@@ -75,18 +75,13 @@ def build(
     _refuse_many(bad, max_bad, list_path)
     if not good:
         raise ValueError(f"{list_path}: none of its {len(bad)} entries makes a sample")
-    writer = ShardWriter(pattern, shard_samples, shard_bytes, overwrite)
-    try:
-        with writer:
-            for key, entry, place in _entries(list_path, good):
-                try:
-                    writer.write(key, _record(entry, _files(entry, root, allow_outside), decode))
-                except BadEntry as error:
-                    bad.append((place, str(error)))
-                    _refuse_many(bad, max_bad, list_path)
-    except BaseException:
-        writer.discard()
-        raise
+    with ShardWriter(pattern, shard_samples, shard_bytes, overwrite) as writer:
+        for key, entry, place in _entries(list_path, good):
+            try:
+                writer.write(key, _record(entry, _files(entry, root, allow_outside), decode))
+            except BadEntry as error:
+                bad.append((place, str(error)))
+                _refuse_many(bad, max_bad, list_path)
     _report(writer, pattern, bad)
 
 

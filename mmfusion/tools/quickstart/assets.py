@@ -159,6 +159,7 @@ def fetch(asset: Asset) -> Path:
     """The folder with one asset's contents, fetched and unpacked where needed."""
     folder = cache_dir() / "unpacked" / f"{asset.name}-{asset.version}"
     if folder.is_dir():
+        print(f"  {asset.name} {asset.version}: already there", flush=True)
         return folder
     archive = download(asset, cache_dir() / "downloads")
     aside = folder.with_name(f".{folder.name}.partial")
