@@ -21,6 +21,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -30,6 +31,7 @@ from mmfusion.paths import expand
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.callbacks.monitor import Monitor
+from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -54,6 +56,8 @@ TRAINER_DEFAULTS = {
 
 
 MESSAGES = logging.StreamHandler()
+UNASKED = re.compile(r"Tip: .*litlogger|TPU available: False|Seed set to")
+"""Messages of Lightning that say nothing about the run."""
 NOISE = (
     r".*Total length of `list` across ranks is zero",  # no validation data
     r".*module\(s\) in eval mode at the start of training",  # frozen parts
@@ -165,6 +169,9 @@ class RecipeCommand(LightningCLI):
         callbacks = _as_list(given.get("callbacks"))
         kinds = {type(callback) for callback in callbacks}
         callbacks += [c for c in self._default_callbacks() if type(c) not in kinds]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if given.get("enable_progress_bar") is not False and not own_bar:
+            callbacks.append(StepBar())
         given["enable_checkpointing"] = self.name == "fit"
         given["callbacks"] = callbacks
         if config.val_every_n_steps:
@@ -216,6 +223,8 @@ class RecipeCommand(LightningCLI):
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+        step = self.trainer.global_step
+        log.info(f"{run.path}: finished at step {step}. To talk to it: mmfusion chat {run.path}")
 
     def validate(self) -> None:
         """Losses and metrics of the run on ``data.val_sources``."""
@@ -296,6 +305,10 @@ def show_messages() -> None:
         ours.addHandler(MESSAGES)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if not handler.filters:
+                handler.addFilter(lambda record: not UNASKED.search(record.getMessage()))
 
 
 def parts_of_recipe(
@@ -347,17 +360,23 @@ def _ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
     return None
 
 
-def with_suggestion(message: str, keys: Sequence[str]) -> str:
-    """A parser's message and, where it names an unknown key or class, the closest known one."""
+def with_suggestion(message: str, keys: Mapping[str, str]) -> str:
+    """A parser's message and, where it names an unknown key or class, the closest known one.
+
+    Args:
+        message: what the parser says.
+        keys: of :func:`known_keys`.
+    """
     message = message.strip()
     if "Did you mean" in message:
         return message
     close: list[str] = []
     for match in re.finditer(r"[Oo]ption '([\w.]+)'|arguments?: -*([\w.]+)", message):
         name = match[1] or match[2]
-        close += difflib.get_close_matches(name, keys, 1) or difflib.get_close_matches(
+        alike = difflib.get_close_matches(name, keys, 1) or difflib.get_close_matches(
             name.split(".")[0], keys, 1
         )
+        close += [keys[key] for key in alike]
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = {
             key.lower(): key
@@ -369,11 +388,14 @@ def with_suggestion(message: str, keys: Sequence[str]) -> str:
     return f"{message}\nDid you mean {close[0]!r}?" if close else message
 
 
-def known_keys(parser: LightningArgumentParser) -> list[str]:
-    """Every key of a recipe: whole, and its first and last name."""
+def known_keys(parser: LightningArgumentParser) -> dict[str, str]:
+    """What one may have meant -> what to write: every key of a recipe, by its whole name, its first
+    and its last.
+    """
     whole = [action.dest for action in parser._actions]
-    ends = {part for key in whole for part in (key.split(".")[0], key.split(".")[-1])}
-    return sorted({*whole, *ends})
+    firsts = {key.split(".")[0]: key.split(".")[0] for key in whole}
+    lasts = {key.split(".")[-1]: key for key in reversed(whole)}
+    return {**lasts, **firsts, **{key: key for key in whole}}
 
 
 def _rank() -> int:
