@@ -10,6 +10,7 @@ parameter groups; :func:`audit` prints what trains and refuses a recipe that can
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -51,6 +52,9 @@ class Policy(ABC):
     """
 
     def __init__(self, lr: float, weight_decay: float = 0.0) -> None:
+        for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+            if not 0 <= value < math.inf:
+                raise TuningError(f"{type(self).__name__}: {name} is {value}; expected 0 or more.")
         self.lr = lr
         self.weight_decay = weight_decay
 

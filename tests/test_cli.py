@@ -1,5 +1,6 @@
 """The command line: what it says about mistakes, and what it does not import."""
 
+import math
 import subprocess
 import sys
 
@@ -140,6 +141,31 @@ def test_from_recipe_reads_no_weights_and_no_shards(recipe):
     module, data = from_recipe(str(recipe), ["--data.sources.train.shards=nowhere/*.tar"])
     assert module.model.llm.model is None
     assert list(data.sources) == ["train", "words"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("model__tuning__llm__init_args__lr", -1.0, "lr is -1.0"),
+        ("model__tuning__llm__init_args__lr", math.nan, "lr is nan"),
+        ("model__tuning__input_projectors__init_args__weight_decay", -0.1, "weight_decay is -0.1"),
+        ("model__schedule__final_ratio", 2.0, "final_ratio is 2.0"),
+        ("data__val_limit", -1, "val_limit must be at least 1"),
+        ("data__num_workers", -1, "num_workers is -1"),
+        ("data__max_bad_fraction", 2.0, "max_bad_fraction is 2.0"),
+        ("data__pack_tokens", 0, "pack_tokens must be at least 1"),
+        ("checkpoint__every_n_steps", 0, "every_n_steps is 0"),
+        ("checkpoint__keep_every_n_steps", 0, "keep_every_n_steps is 0"),
+        ("validation__generate_samples", -1, "generate_samples is -1"),
+        ("val_every_n_steps", -1, "val_every_n_steps"),
+        ("timeout_minutes", 0.0, "timeout_minutes"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(home, key, value, named, capsys):
+    code, error = fails(capsys, "fit", "-c", write_recipe(home, **{key: value}))
+    assert code in (1, 2)
+    assert named in error
+    assert "Traceback" not in error
 
 
 def test_from_recipe_raises_for_a_wrong_override(recipe):

@@ -72,10 +72,16 @@ class MultimodalData(L.LightningDataModule):
         super().__init__()
         counts = {
             "packs_per_step": packs_per_step, "packs_per_micro_batch": packs_per_micro_batch,
+            "val_limit": 1 if val_limit is None else val_limit,
         }  # fmt: skip
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0 or not 0 <= max_bad_fraction <= 1:
+            raise ValueError(
+                f"data.num_workers is {num_workers}, expected 0 or more; data.max_bad_fraction is "
+                f"{max_bad_fraction}, expected 0 to 1."
+            )
         if not sources:
             raise ValueError("data.sources is empty; name at least one source.")
         self.sources, self.val_sources = sources, val_sources or {}

@@ -19,6 +19,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ProgressBar
@@ -124,12 +125,16 @@ class RecipeCommand(LightningCLI):
             action="store_true",
             help="go on although the recipe differs from the one the run started with",
         )
-        add("--val_every_n_steps", type=int | None, help="optimizer steps between validations")
+        add(
+            "--val_every_n_steps",
+            type=PositiveInt | None,
+            help="optimizer steps between validations",
+        )
         add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
             "--timeout_minutes",
-            type=float,
+            type=PositiveFloat,
             default=10.0,
             help="how long a rank waits for the others before the run fails",
         )

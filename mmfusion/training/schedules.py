@@ -40,6 +40,8 @@ class WarmupCosine:
                 f"the learning rate falls over the whole run, but trainer.max_steps is "
                 f"{total_steps}: set trainer.max_steps to the number of optimizer steps."
             )
+        if not 0 <= self.final_ratio <= 1:
+            raise ValueError(f"model.schedule.final_ratio is {self.final_ratio}; expected 0 to 1.")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= total_steps:
             raise ValueError(
                 f"model.schedule.warmup_steps is {self.warmup_steps}, the run has "

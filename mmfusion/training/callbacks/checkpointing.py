@@ -56,6 +56,11 @@ class RunCheckpoint(Checkpoint):
             raise ValueError(
                 f"checkpoint.keep_last is {keep_last}; expected 2 or more: the newest may be torn."
             )
+        if keep_every_n_steps is not None and keep_every_n_steps < 1:
+            raise ValueError(
+                f"checkpoint.keep_every_n_steps is {keep_every_n_steps}; expected 1 or more, or "
+                "null to keep none for good."
+            )
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps

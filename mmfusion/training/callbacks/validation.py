@@ -56,6 +56,14 @@ class Validation(L.Callback):
         max_new_tokens: int = 24,
         prompts_per_batch: int = 16,
     ) -> None:
+        for name, value, lowest in (
+            ("generate_samples", generate_samples, 0),
+            ("table_samples", table_samples, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("prompts_per_batch", prompts_per_batch, 1),
+        ):
+            if value < lowest:
+                raise ValueError(f"validation.{name} is {value}; expected {lowest} or more.")
         self.shuffled_gap = shuffled_gap
         self.generate_samples = generate_samples
         self.table_samples = table_samples
