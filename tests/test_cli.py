@@ -159,6 +159,8 @@ def test_from_recipe_reads_no_weights_and_no_shards(recipe):
         ("validation__generate_samples", -1, "generate_samples is -1"),
         ("val_every_n_steps", -1, "val_every_n_steps"),
         ("timeout_minutes", 0.0, "timeout_minutes"),
+        ("trainer__devices", -3, "`devices`"),
+        ("trainer__strategy", "abc", "abc"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused(home, key, value, named, capsys):

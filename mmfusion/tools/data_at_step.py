@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
+from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.resume import complete_checkpoint
 
 STATE_KEY = "mmfusion.stream"
 
@@ -26,7 +26,7 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
     Args:
         recipe: the run's recipe, or its saved config.yaml.
         step: the optimizer step, counted from 0.
-        checkpoint: a checkpoint of the run at or before this step.
+        checkpoint: a checkpoint of the run at or before this step, or the run directory.
         as_json: one JSON object a line.
     """
     from mmfusion.cli import from_recipe
@@ -67,15 +67,15 @@ def samples_at(data: MultimodalData, step: int) -> Iterator[dict[str, Any]]:
 
 
 def load_stream_state(checkpoint: str | Path) -> StreamState:
-    """The data stream's state in a checkpoint file."""
-    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    saved = loaded.get("callbacks", {}).get(STATE_KEY)
-    if saved is None:
+    """The data stream's state in a checkpoint, or in a run's newest one."""
+    path = complete_checkpoint(checkpoint, "--checkpoint")
+    callbacks = read_checkpoint(path, "meta").get("callbacks", {})
+    if STATE_KEY not in callbacks:
         raise ValueError(
-            f"{checkpoint} holds no state of the data stream (callbacks: "
-            f"{sorted(loaded.get('callbacks', {}))}); expected a checkpoint that training saved."
+            f"{path} holds no state of the data stream (callbacks: {sorted(callbacks)}); expected "
+            "a checkpoint that training saved."
         )
-    return StreamState.from_json(saved)
+    return StreamState.from_json(callbacks[STATE_KEY])
 
 
 def _line(row: dict[str, Any]) -> str:

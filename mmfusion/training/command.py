@@ -22,6 +22,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -181,7 +182,10 @@ class RecipeCommand(LightningCLI):
         given["callbacks"] = callbacks
         if config.val_every_n_steps:
             given["check_val_every_n_epoch"] = None
-        trainer = L.Trainer(**given)
+        try:
+            trainer = L.Trainer(**given)
+        except (MisconfigurationException, TypeError) as error:
+            raise RecipeError(f"the recipe's trainer cannot be made: {error}") from error
         if isinstance(given.get("strategy"), str) and hasattr(trainer.strategy, "_timeout"):
             trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
         return trainer

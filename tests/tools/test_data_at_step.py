@@ -31,8 +31,7 @@ def test_a_checkpoint_gives_the_same_rows_and_refuses_earlier_steps(folders, tmp
     data = make_data(folders, packs_per_micro_batch=4)
     for batch, _ in zip(data.train_dataloader(), range(5), strict=False):
         data.state.commit(batch.stream)
-    saved = {"callbacks": {"mmfusion.stream": data.state.to_json()}}
-    torch.save(saved, tmp_path / "5.ckpt")
+    save(tmp_path / "5.ckpt", {"mmfusion.stream": data.state.to_json()})
     later = make_data(folders)
     later.restore(load_stream_state(tmp_path / "5.ckpt"))
     assert list(samples_at(later, 7)) == list(samples_at(make_data(folders), 7))
@@ -40,7 +39,17 @@ def test_a_checkpoint_gives_the_same_rows_and_refuses_earlier_steps(folders, tmp
         list(samples_at(later, 3))
 
 
+def save(path, callbacks):
+    rest = {"state_dict": {}, "global_step": 5, "loops": {}, "optimizer_states": []}
+    torch.save({**rest, "callbacks": callbacks}, path)
+
+
 def test_a_file_without_the_state_is_refused(tmp_path):
-    torch.save({"callbacks": {"other": {}}}, tmp_path / "x.ckpt")
+    save(tmp_path / "x.ckpt", {"other": {}})
     with pytest.raises(ValueError, match=r"no state of the data stream \(callbacks: \['other'\]"):
         load_stream_state(tmp_path / "x.ckpt")
+    (tmp_path / "no.ckpt").write_text("hello")
+    with pytest.raises(ValueError, match=r"--checkpoint .*no.ckpt: the checkpoint cannot be read"):
+        load_stream_state(tmp_path / "no.ckpt")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_stream_state(tmp_path / "nothing.ckpt")
