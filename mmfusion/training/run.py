@@ -87,11 +87,20 @@ class RunDirectory:
     @property
     def id(self) -> str:
         """The run's stable id; known after :meth:`open`."""
-        return str(json.loads(self.identity.read_text())["id"])
+        try:
+            return str(json.loads(self.identity.read_text())["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.identity} is damaged ({error!r}); put back the run's id (W&B shows it) as "
+                '{"id": "..."}, or remove the file to go on under a new id.'
+            ) from None
 
     def status(self) -> dict[str, Any]:
-        """The last status written, or an empty dict."""
-        return json.loads(self.status_file.read_text()) if self.status_file.exists() else {}
+        """The last status written; an empty dict where there is none that can be read."""
+        try:
+            return dict(json.loads(self.status_file.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):  # it only informs
+            return {}
 
     def check_recipe(self, recipe: Mapping[str, Any], allow_change: bool = False) -> None:
         """Refuse to go on with another recipe.
@@ -102,7 +111,13 @@ class RunDirectory:
         """
         if allow_change or not self.config.exists() or not by_step(self.checkpoints):
             return
-        before = yaml.safe_load(self.config.read_text())
+        try:
+            before = dict(yaml.safe_load(self.config.read_text()))
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.config} is damaged, so the recipe cannot be compared with the one the run "
+                f"started with ({error}); if it is the same, go on by --allow_recipe_change."
+            ) from None
         if changes := list(differences(before, recipe)):
             raise ValueError(
                 f"{self.path} was started with another recipe; {len(changes)} keys differ:\n  "

@@ -96,6 +96,23 @@ def test_a_recipe_with_a_token_is_refused_and_not_written(tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+def test_damaged_files_of_a_run_are_named_with_what_to_do(tmp_path):
+    run = with_checkpoint(RunDirectory(tmp_path), 1)
+    with run.open(RECIPE):
+        pass
+    run.status_file.write_text('{"state": "fin')
+    assert run.status() == {}
+    for text in ('{"id', "{}", "[]"):
+        run.identity.write_text(text)
+        with pytest.raises(ValueError, match=r"run.json is damaged .* remove the file to go on"):
+            _ = run.id
+    for text in ("a: [1", "", "- 1"):
+        run.config.write_text(text)
+        with pytest.raises(ValueError, match=r"(?s)config.yaml is damaged.*--allow_recipe_change"):
+            run.check_recipe(RECIPE)
+        run.check_recipe(RECIPE, allow_change=True)
+
+
 def test_before_the_first_checkpoint_any_recipe_may_start(tmp_path):
     run = RunDirectory(tmp_path)
     with run.open(RECIPE):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import BadSample, LaneState, SourceCounts, StepRecord, StreamState
 from mmfusion.data.stream import exhausted, make_order
+from mmfusion.data.whole_file import write_whole
 from mmfusion.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -197,13 +197,9 @@ class StreamStateCallback(L.Callback):
         """Forget entries of steps that will be taken again, and a line that was cut short."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] < step:
-                kept.append(line)
-        aside = self._path.with_name(self._path.name + ".tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self._path)
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        with write_whole(str(self._path)) as file:
+            file.writelines(line for line in lines if line.endswith(b"\n") and _before(line, step))
 
     def _check_bad(self, rows: dict[str, list[int]]) -> None:
         """Stop where too many samples of a source, or of all, are bad. Called with the same counts
@@ -275,3 +271,11 @@ class _Pending:
         for source, counts in record.counts.items():
             self.counts.setdefault(source, SourceCounts()).add(counts)
         self.bad += [(record.step, sample) for sample in record.bad]
+
+
+def _before(line: bytes, step: int) -> bool:
+    """Whether a listed sample is of an earlier step. A line that cannot be read is left alone."""
+    try:
+        return int(json.loads(line)["step"]) < step
+    except (ValueError, KeyError, TypeError):
+        return True

@@ -183,8 +183,12 @@ def test_bad_samples_are_listed_once_also_after_steps_are_taken_again(folders, t
     data = make_data(folders, epochs=1)
     fit(data, tmp_path, 2, save_every=2)
     fit(make_data(folders, epochs=1), tmp_path, -1, tmp_path / "step=2.ckpt")
+    with (tmp_path / "quarantine.jsonl").open("ab") as file:
+        file.write(b'by \xff hand\n{"step": 1, "cut')
     fit(make_data(folders, epochs=1), tmp_path, -1, tmp_path / "step=2.ckpt")
-    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "quarantine.jsonl").read_bytes().splitlines()
+    lines.remove(b"by \xff hand")
+    rows = [json.loads(line) for line in lines]
     assert sorted((row["source"], row["index"], row["reason"]) for row in rows) == [
         ("a", 3, "odd"), ("a", 11, "corrupt_image"),
     ]  # fmt: skip
