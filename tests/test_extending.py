@@ -7,11 +7,11 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mmfusion.cli import load_module, main
 from tests.make_debug import make_debug
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, assets):
-    """A folder with the page's module, shard and recipe; the other parts are the debug recipe's."""
+    """A folder with the page's module, shard and recipe, and the debug recipe."""
     (tmp_path / "my_parts.py").write_text("\n\n".join(blocks("python")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -35,12 +35,9 @@ def folder(tmp_path, monkeypatch, assets):
     make_debug(tmp_path / "cache" / "debug")
     parts = importlib.import_module("my_parts")
     parts.write_riddles([p.read_bytes() for p in sorted(assets.glob("pictures/*.jpg"))[:12]])
-    recipe = yaml.safe_load((ROOT / "recipes" / "debug.yaml").read_text())
-    (page,) = map(yaml.safe_load, blocks("yaml"))
-    recipe["model"].update(page["model"])
-    recipe["data"].update(page["data"], val_sources=None)
-    recipe["run_dir"] = "run"
-    (tmp_path / "riddles.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "riddles.yaml").write_text(*blocks("yaml"))
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "debug.yaml", tmp_path / "recipes")
     yield tmp_path
     del sys.modules["my_parts"]
 
@@ -54,7 +51,7 @@ def test_parts_from_a_file_outside_the_package_train(folder, capsys):
     described = capsys.readouterr().out
     assert "ColorHistogram" in described
     assert "GatedLinear" in described
-    trained = load_module("run")
+    trained = load_module("runs/riddles")
     assert trained.model.encoders["image"].out_dim == 24
     gate = trained.model.input_projectors["image"].gate
     assert float(gate.detach()) != 0.5
