@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 import yaml
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -39,6 +37,7 @@ from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.recipe_parser import RecipeError, RecipeParser, ignored_key
 from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
 
@@ -67,20 +66,6 @@ NOISE = (
     r".*does not have many workers",
 )
 """Warnings of libraries about what is meant here."""
-
-
-class RecipeParser(LightningArgumentParser):
-    """Errors are one message that names the key, with a suggestion."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the error for the command to print."""
-        raise RecipeError(with_suggestion(message, known_keys(self))) from ex
-
-
-class RecipeError(ValueError):
-    """A recipe or an override that cannot be used."""
-
-    exit_code = 2
 
 
 class RecipeCommand(LightningCLI):
@@ -147,7 +132,7 @@ class RecipeCommand(LightningCLI):
         self.config = parser.parse_args(args)
         recipes = self.config.get("config") or []
         for recipe in recipes:
-            if key := _ignored_key(yaml.safe_load(Path(str(recipe)).read_text()), self.config):
+            if key := ignored_key(yaml.safe_load(Path(str(recipe)).read_text()), self.config):
                 parser.error(f"{recipe}: Option '{key}' is not accepted")
         if not self.config.run_dir:
             name = Path(str(recipes[0])).stem if recipes else "unnamed"
@@ -353,58 +338,6 @@ def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalMod
         module, _ = parts_of_recipe(str(run.config))
         module.restore(path)
     return module
-
-
-def _ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
-    """The first key of a recipe that the parser left out without a word, as it does with unknown
-    ones whose value is empty.
-    """
-    if not isinstance(given, Mapping) or not isinstance(parsed, (Namespace, Mapping)):
-        return None
-    for key, value in given.items():
-        if key not in parsed:
-            return f"{above}{key}" if value in ({}, None) else None
-        if found := _ignored_key(value, parsed[key], f"{above}{key}."):
-            return found
-    return None
-
-
-def with_suggestion(message: str, keys: Mapping[str, str]) -> str:
-    """A parser's message and, where it names an unknown key or class, the closest known one.
-
-    Args:
-        message: what the parser says.
-        keys: of :func:`known_keys`.
-    """
-    message = message.strip()
-    if "Did you mean" in message:
-        return message
-    close: list[str] = []
-    for match in re.finditer(r"[Oo]ption '([\w.]+)'|arguments?: -*([\w.]+)", message):
-        name = match[1] or match[2]
-        alike = difflib.get_close_matches(name, keys, 1) or difflib.get_close_matches(
-            name.split(".")[0], keys, 1
-        )
-        close += [keys[key] for key in alike]
-    for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        classes = {
-            key.lower(): key
-            for key, value in vars(sys.modules[module]).items()
-            if getattr(value, "__module__", "") == module
-        }
-        found = difflib.get_close_matches(name.lower(), classes, 1)
-        close += [classes[key] for key in found]
-    return f"{message}\nDid you mean {close[0]!r}?" if close else message
-
-
-def known_keys(parser: LightningArgumentParser) -> dict[str, str]:
-    """What one may have meant -> what to write: every key of a recipe, by its whole name, its first
-    and its last.
-    """
-    whole = [action.dest for action in parser._actions]
-    firsts = {key.split(".")[0]: key.split(".")[0] for key in whole}
-    lasts = {key.split(".")[-1]: key for key in reversed(whole)}
-    return {**lasts, **firsts, **{key: key for key in whole}}
 
 
 def _rank() -> int:

@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,52 @@ def test_wandb_with_a_key_and_no_server_goes_on_offline(tmp_path: Path) -> None:
     assert time.monotonic() - start_time < 60
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert "k" * 40 not in done.stdout + done.stderr
+
+
+@contextmanager
+def server(*args: str) -> Iterator[tuple[dict[str, str], Path]]:
+    """A W&B server: the environment that leads a client to it, the file of what it was sent."""
+    with (
+        tempfile.NamedTemporaryFile("w+") as sent,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.wandb_server", *args], stdout=sent
+        ) as process,
+    ):
+        try:
+            while not (port := Path(sent.name).read_text().partition("\n")[0]):
+                time.sleep(0.05)
+            url = f"http://127.0.0.1:{port}"
+            yield {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": url}, Path(sent.name)
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_wandb_online_goes_on_with_the_same_run_after_a_resume(tmp_path: Path) -> None:
+    with server() as (env, sent):
+        for attempt, first in (("1", "1"), ("2", "4")):
+            done = start(tmp_path, tmp_path, attempt, first, "auto", **env)
+            assert done.returncode == 0, done.stderr
+            assert "online" in done.stderr
+        last = json.loads(sent.read_text().splitlines()[-1])
+    assert last["run"] == "fixedid"
+    assert last["complete"] is True
+    assert "SECRETSECRET" not in last["config"]
+    history = last["history"]
+    assert [row["trainer/global_step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert [row["trainer/attempt"] for row in history] == [1, 1, 1, 2, 2, 2]
+    assert [row["_step"] for row in history] == list(range(6))
+
+
+@pytest.mark.slow
+def test_wandb_with_a_server_that_hangs_goes_on_offline(tmp_path: Path) -> None:
+    with server("hang") as (env, _):
+        start_time = time.monotonic()
+        done = start(tmp_path, tmp_path, "1", "1", "auto", **env)
+    assert done.returncode == 0, done.stderr
+    assert "logging offline" in done.stderr
+    assert time.monotonic() - start_time < 90
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.slow

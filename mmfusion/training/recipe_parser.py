@@ -1,0 +1,78 @@
+"""Reads a recipe and its overrides; what is wrong with them is one message, with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class RecipeParser(LightningArgumentParser):
+    """Errors are one message that names the key, with a suggestion."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the error for the command to print."""
+        raise RecipeError(with_suggestion(message, known_keys(self))) from ex
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used."""
+
+    exit_code = 2
+
+
+def ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
+    """The first key of a recipe that the parser left out without a word, as it does with unknown
+    ones whose value is empty.
+    """
+    if not isinstance(given, Mapping) or not isinstance(parsed, (Namespace, Mapping)):
+        return None
+    for key, value in given.items():
+        if key not in parsed:
+            return f"{above}{key}" if value in ({}, None) else None
+        if found := ignored_key(value, parsed[key], f"{above}{key}."):
+            return found
+    return None
+
+
+def with_suggestion(message: str, keys: Mapping[str, str]) -> str:
+    """A parser's message and, where it names an unknown key or class, the closest known one.
+
+    Args:
+        message: what the parser says.
+        keys: of :func:`known_keys`.
+    """
+    message = message.strip()
+    if "Did you mean" in message:
+        return message
+    close: list[str] = []
+    for match in re.finditer(r"[Oo]ption '([\w.]+)'|arguments?: -*([\w.]+)", message):
+        name = match[1] or match[2]
+        alike = difflib.get_close_matches(name, keys, 1) or difflib.get_close_matches(
+            name.split(".")[0], keys, 1
+        )
+        close += [keys[key] for key in alike]
+    for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        classes = {
+            key.lower(): key
+            for key, value in vars(sys.modules[module]).items()
+            if getattr(value, "__module__", "") == module
+        }
+        found = difflib.get_close_matches(name.lower(), classes, 1)
+        close += [classes[key] for key in found]
+    return f"{message}\nDid you mean {close[0]!r}?" if close else message
+
+
+def known_keys(parser: LightningArgumentParser) -> dict[str, str]:
+    """What one may have meant -> what to write: every key of a recipe, by its whole name, its first
+    and its last.
+    """
+    whole = [action.dest for action in parser._actions]
+    firsts = {key.split(".")[0]: key.split(".")[0] for key in whole}
+    lasts = {key.split(".")[-1]: key for key in reversed(whole)}
+    return {**lasts, **firsts, **{key: key for key in whole}}
