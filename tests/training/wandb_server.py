@@ -94,10 +94,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3600)
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        content = json.loads(body)
         if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-            self.take_lines(stream[1], content)
+            self.take_lines(stream[1], json.loads(body))
             return self.reply({"exitcode": None, "limits": {}})
+        if self.path != "/graphql":
+            return self.reply({}, 404)
+        content = json.loads(body)
         named = re.search(r"\b(?:query|mutation)\s+(\w+)", content["query"])
         operation = content.get("operationName") or (named[1] if named else "")
         try:
