@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import resource
 import statistics
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfusion.tools.quickstart.intervals import Estimate
+from mmfusion.training.loggers import STEP, read_metrics
 
 HELD_OUT = {False: 240, True: 48}
 QUESTIONS = {False: 600, True: 60}
@@ -30,12 +30,14 @@ def measure_run(run: Path, stage1: Path, no_media: Path | None, small: bool) -> 
     file = run / "figures.json"
     if file.exists() and (known := json.loads(file.read_text()))["checkpoints"] == key:
         return known
+    training = {name: training_figures(folder) for name, folder in runs.items()}
+    peaks = [found.get("throughput/rss_peak_gib", 0.0) for found in training.values()]
     figures = {
         "checkpoints": key,
         "captions": measure_captions(stage1, no_media, HELD_OUT[small]),
         "shapes": measure_answers(run, QUESTIONS[small]),
-        "training": {name: training_figures(folder) for name, folder in runs.items()},
-        "memory_gib": peak_memory(),
+        "training": training,
+        "memory_gib": max(peak_memory(), *peaks),
     }
     text = json.dumps(figures, indent=1, default=Estimate.as_dict)
     file.write_text(text)
@@ -50,7 +52,7 @@ def newest_checkpoint(run: Path) -> str:
 
 def training_figures(run: Path) -> dict[str, float]:
     """Steps, last losses, speed and memory of a run, from its ``metrics.csv``."""
-    columns = read_metrics(run / "metrics.csv")
+    columns = read_columns(run / "metrics.csv")
     found: dict[str, float] = {
         "steps": max((step for step, _ in columns["train/loss"]), default=-1) + 1
     }
@@ -61,15 +63,14 @@ def training_figures(run: Path) -> dict[str, float]:
     return found
 
 
-def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column -> (step, value) pairs; of a step that was run twice the last."""
-    columns: dict[str, dict[int, float]] = {"train/loss": {}}
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for name, value in row.items():
-                if value and not name.startswith("trainer/"):
-                    columns.setdefault(name, {})[int(row["trainer/global_step"])] = float(value)
-    return {name: sorted(column.items()) for name, column in columns.items()}
+def read_columns(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column of a ``metrics.csv`` -> (step, value) pairs."""
+    columns: dict[str, list[tuple[int, float]]] = {"train/loss": []}
+    for row in read_metrics(file):
+        for name, value in row.items():
+            if not name.startswith("trainer/"):
+                columns.setdefault(name, []).append((int(row[STEP]), value))
+    return columns
 
 
 def peak_memory() -> float:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
-from mmfusion.tools.quickstart.figures import read_metrics, rows
+from mmfusion.tools.quickstart.figures import read_columns, rows
 from mmfusion.types import Media, Message
 
 SHOWN = {
@@ -55,7 +55,7 @@ def write_report(
         figures=figures,
         seconds=seconds,
         curves={
-            name: read_metrics(folder / "metrics.csv")["train/loss"]
+            name: read_columns(folder / "metrics.csv")["train/loss"]
             for name, folder in curves.items()
         },
         shown=answered(run),

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from mmfusion.tools.quickstart.figures import print_figures, read_metrics, rows, training_figures
+from mmfusion.tools.quickstart.figures import print_figures, read_columns, rows, training_figures
 from mmfusion.tools.quickstart.report import Shown, render, smooth
 from mmfusion.types import Media
 
@@ -78,7 +78,7 @@ def test_curve_is_drawn_from_the_last_attempt_at_a_step(tmp_path):
             ["trainer/global_step", "trainer/attempt", "train/loss", "throughput/x_peak"]
         )
         writer.writerows([[0, 1, 5.0, 1], [1, 1, 4.0, ""], [1, 2, 3.0, 4], [2, 2, "", 2]])
-    columns = read_metrics(tmp_path / "metrics.csv")
+    columns = read_columns(tmp_path / "metrics.csv")
     assert columns["train/loss"] == [(0, 5.0), (1, 3.0)]
     assert training_figures(tmp_path) == {"steps": 2, "throughput/x_peak": 4.0}
 
