@@ -1,12 +1,13 @@
-"""What Lightning and mmfusion add to a step: each step of a real run is followed by the same step
-in a bare PyTorch loop, on the same packs with a copy of the same model.
+"""What Lightning and mmfusion add to a step: beside each step of a real run the same step is taken
+by a bare PyTorch loop, on the same packs with a copy of the same model; before it and after it in
+turn, as the second to see new shapes finds kernels made and caches warm.
 
     python -m tests.benchmarks.step_time recipes/quickstart/1_align_input.yaml --steps 40
 
-Prints the median over steps of (time of a step of the run) / (time of the bare step). The run's
-time is all that passes between two bare steps: fetching, logging, every callback. The batches of
-both are made beforehand: a bare loop would need the same loader, and here it would only work beside
-the one and not the other. What loading costs a run is its throughput/data_wait.
+Prints (time of a step of the run) / (time of the bare step): the geometric mean of the medians of
+the two orders. The run's time is all that passes between two bare steps: fetching, logging, every
+callback. The batches of both are made beforehand: a bare loop would need the same loader, and here
+it would work beside only one of them. What loading costs a run is its throughput/wait_share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -40,7 +42,7 @@ class Made:
 
 
 class BareLoop(L.Callback):
-    """After every step of the run, the same step without any of it; times both."""
+    """Beside every step of the run, the same step without any of it; times both."""
 
     def __init__(self) -> None:
         self.ratios: list[float] = []
@@ -71,17 +73,26 @@ class BareLoop(L.Callback):
         self._parameters = [p for group in groups for p in group["params"]]
         self._spent, self._since = 0.0, time.perf_counter()
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx // self._splits % 2:
+            self._take(batch, batch_idx)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if batch_idx // self._splits % 2 == 0:
+            self._take(batch, batch_idx)
+        if (batch_idx + 1) % self._splits == 0:
+            now = time.perf_counter()
+            self.seconds.append((now - self._since - self._spent, self._spent))
+            self._spent, self._since = 0.0, now
+
+    def _take(self, batch: Batch, batch_idx: int) -> None:
         begun = time.perf_counter()
         self._step(batch, last=(batch_idx + 1) % self._splits == 0)
-        ended = time.perf_counter()
-        self._spent += ended - begun
-        if (batch_idx + 1) % self._splits == 0:
-            whole = ended - self._since
-            self.seconds.append((whole - self._spent, self._spent))
-            self._spent, self._since = 0.0, ended
+        self._spent += time.perf_counter() - begun
 
     def _step(self, batch: Batch, last: bool) -> None:
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self._bf16):
@@ -120,11 +131,12 @@ def run() -> None:
         arguments += ["--trainer.callbacks=tests.benchmarks.step_time.BareLoop", *more]
         main(arguments)
     seconds = found[0].seconds[WARMUP:]
-    ratios = [of_run / bare for of_run, bare in seconds]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    first, second = (statistics.median(run / bare for run, bare in seconds[i::2]) for i in (0, 1))
+    low, _, high = statistics.quantiles([run / bare for run, bare in seconds], n=4)
     print(
-        f"step of the run / bare step: median {middle:.3f} (quartiles {low:.3f} to {high:.3f}), "
-        f"{len(ratios)} steps; medians {statistics.median(s for s, _ in seconds):.3f} s and "
+        f"step of the run / bare step: {math.sqrt(first * second):.3f}, from the medians of both "
+        f"orders {first:.3f} and {second:.3f} (quartiles of all {low:.3f} to {high:.3f}), "
+        f"{len(seconds)} steps; medians {statistics.median(s for s, _ in seconds):.3f} s and "
         f"{statistics.median(s for _, s in seconds):.3f} s"
     )
 
