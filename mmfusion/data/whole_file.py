@@ -27,7 +27,9 @@ def publish(temporary: str, path: str) -> None:
 
 @contextlib.contextmanager
 def write_whole(path: str) -> Iterator[BinaryIO]:
-    """Open a new file that gets the name ``path`` when the block ends without an exception."""
+    """Open a new file that gets the name ``path`` when the block ends without an exception. An
+    OSError of a write, such as a full disk's, names it.
+    """
     temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:
@@ -35,6 +37,10 @@ def write_whole(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = path
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -37,11 +37,17 @@ class AtomicCheckpointIO(CheckpointIO):
 
         Raises:
             ValueError: where it holds a value that could not be read back without running code.
+            OSError: naming the file, where it cannot be written (a full disk).
         """
         _check_plain(checkpoint, "")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with write_whole(str(path)) as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # the archive could not be closed either
+                    raise error.__context__ from None
+                raise
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
