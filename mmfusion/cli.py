@@ -43,11 +43,15 @@ TOOLS = {
     ),
 }
 TRACEBACK = "MMFUSION_TRACEBACK"
+KERNEL_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+"""Packs differ in length, and oneDNN (PyTorch on CPUs) keeps 1024 kernels: it would make them again
+and again."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line (default: this process's)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault(*KERNEL_CACHE)
     show_traceback = os.environ.get(TRACEBACK, "") not in ("", "0")
     if "--traceback" in args:
         args.remove("--traceback")
