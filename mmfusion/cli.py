@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -161,7 +162,7 @@ def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
     """
     options = inspect.signature(tool).parameters
     spelled = []
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
+    for arg, after in pairwise([*args, ""]):
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not arg.startswith("--") or name not in options:

@@ -54,7 +54,9 @@ class Policy(ABC):
     def __init__(self, lr: float, weight_decay: float = 0.0) -> None:
         for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
             if not 0 <= value < math.inf:
-                raise TuningError(f"{type(self).__name__}: {name} is {value}; expected 0 or more.")
+                raise TuningError(
+                    f"{type(self).__name__}: {name} is {value}; expected 0 or more, finite."
+                )
         self.lr = lr
         self.weight_decay = weight_decay
 

@@ -108,6 +108,28 @@ def test_traceback_is_shown_where_it_is_asked_for(recipe):
         main(["fit", "--traceback", "-c", str(recipe), "--resume=must"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "called"),
+    [
+        ([], (None, False, False)),
+        (["--small"], (None, True, False)),
+        (["--with-baselines", "--run-dir", "x"], ("x", False, True)),
+        (["--run_dir=x", "--small", "true"], ("x", True, False)),
+    ],
+)
+def test_options_of_a_tool_reach_it(monkeypatch, typed, called):
+    calls = []
+
+    def quickstart(
+        run_dir: str | None = None, small: bool = False, with_baselines: bool = False
+    ) -> None:
+        calls.append((run_dir, small, with_baselines))
+
+    monkeypatch.setattr("mmfusion.tools.quickstart.main.quickstart", quickstart)
+    main(["quickstart", *typed])
+    assert calls == [called]
+
+
 def test_print_config_can_be_run_again(recipe, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "-c", str(recipe), "--data.seed=5", "--print_config"])

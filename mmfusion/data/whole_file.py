@@ -26,21 +26,27 @@ def publish(temporary: str, path: str) -> None:
 
 
 @contextlib.contextmanager
-def write_whole(path: str) -> Iterator[BinaryIO]:
-    """Open a new file that gets the name ``path`` when the block ends without an exception. An
-    OSError of a write, such as a full disk's, names it.
-    """
-    temporary = temporary_path(path)
+def naming(path: str) -> Iterator[None]:
+    """Give an OSError of a write, such as a full disk's, the name of the file."""
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        yield
     except OSError as error:
         if error.errno and not error.filename:
             error.filename = path
         raise
+
+
+@contextlib.contextmanager
+def write_whole(path: str) -> Iterator[BinaryIO]:
+    """Open a new file that gets the name ``path`` when the block ends without an exception."""
+    temporary = temporary_path(path)
+    try:
+        with naming(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import tarfile
 from collections.abc import Mapping
 from types import TracebackType
 
-from mmfusion.data.index import Offsets, scan, write_index
-from mmfusion.data.whole_file import publish, temporary_path
+from mmfusion.data.index import index_path, scan, write_index
+from mmfusion.data.whole_file import naming, publish, temporary_path
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"%0?\d*d")
 
 
 class ShardWriter:
-    """Writes numbered tars, each with its index. They appear together when all are complete, or not
-    at all: a part of a data set would be read as if it were whole. The same records give the same
-    bytes.
+    """Writes numbered tars, each with its index. They get their names together when all are
+    complete, and none where anything fails: a part of a data set would be read as if it were whole.
+    The same records give the same bytes.
 
     Use it as a context manager: where the block ends with an exception, nothing is made.
 
@@ -52,21 +55,16 @@ class ShardWriter:
         os.makedirs(folder or ".", exist_ok=True)
         self._pattern, self._max_samples, self._max_bytes = pattern, max_samples, max_bytes
         self._folder = folder or "."
+        self._overwrite = overwrite
         start, end = map(re.escape, _NUMBER.split(name))
         self._names = re.compile(rf"{start}\d+{end}(\.idx)?")
-        left_behind = re.compile(rf"\.{self._names.pattern}\.\d+-[0-9a-f]+\.tmp")  # by a kill
-        for found in os.listdir(self._folder):
-            if left_behind.fullmatch(found):
-                os.unlink(os.path.join(self._folder, found))
-        if (present := self._present()) and not overwrite:
-            raise FileExistsError(
-                f"{self._folder} already holds {present[0]} and {len(present) - 1} more files of "
-                f"{pattern}; choose another name, or overwrite them (overwrite=True)"
-            )
+        self._refuse_present()
+        self._clear_left_behind(re.compile(rf"\.{start}\d+{end}\.\d+-[0-9a-f]+\.tmp(\.idx)?"))
         self.paths: list[str] = []
         self.num_samples = 0
         self._shard: _OpenTar | None = None
-        self._complete: list[tuple[str, Offsets]] = []
+        self._complete: list[str] = []
+        """Complete shards under temporary names, each with its index beside it."""
 
     def write(self, key: str, record: Mapping[str, bytes]) -> None:
         """Append a record.
@@ -78,7 +76,9 @@ class ShardWriter:
 
         Raises:
             ValueError: for a key or an extension that readers would not give back as it is.
+            OSError: naming the file, where it cannot be written (a full disk).
         """
+        assert not self.paths, "the writer was closed"
         _check_key(key)
         _check_record(key, record)
         size = sum(len(content) for content in record.values())
@@ -96,16 +96,18 @@ class ShardWriter:
         self.num_samples += 1
 
     def close(self) -> None:
-        """Finish the last shard and give all of them their names."""
-        if self._shard is not None:
-            self._finish()
-        for name in self._present():  # only where they may be overwritten
-            os.unlink(os.path.join(self._folder, name))
-        self.paths = [self._pattern % number for number in range(len(self._complete))]
-        for path, (temporary, offsets) in zip(self.paths, self._complete, strict=True):
-            write_index(path, offsets)  # first: no tar is ever seen without its index
-            publish(temporary, path)
-        self._complete = []
+        """Finish the last shard and give all of them their names.
+
+        Raises:
+            FileExistsError: shards of this pattern came there meanwhile.
+        """
+        try:
+            if self._shard is not None:
+                self._finish()
+            self._publish()
+        except BaseException:
+            self._abort()
+            raise
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -123,22 +125,62 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._shard is not None
+        path = self._shard.path
         self._shard.close()
-        self._complete.append((self._shard.path, scan(self._shard.path)))
         self._shard = None
+        self._complete.append(path)
+        write_index(path, scan(path))
+
+    def _publish(self) -> None:
+        """Only renames are left to do, so that little can fail between the first and the last."""
+        if not self._complete:
+            return
+        self._refuse_present()
+        for name in self._present():
+            os.unlink(os.path.join(self._folder, name))
+        for number, temporary in enumerate(self._complete):
+            path = self._pattern % number
+            self.paths.append(path)
+            publish(index_path(temporary), index_path(path))  # no tar is seen without its index
+            publish(temporary, path)
+        self._complete = []
 
     def _abort(self) -> None:
-        temporary = [path for path, _ in self._complete]
+        """Leave nothing behind."""
+        unfinished = [] if self._shard is None else [self._shard.path]
+        for path in [*unfinished, *self._complete, *self.paths]:
+            for file in (path, index_path(path)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file)
         if self._shard is not None:
-            self._shard.file.close()
-            temporary.append(self._shard.path)
-        for path in temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        self._shard, self._complete = None, []
+            with contextlib.suppress(OSError):  # what was not yet written does not fit either
+                self._shard.file.close()
+        self._shard, self._complete, self.paths = None, [], []
 
     def _present(self) -> list[str]:
         return sorted(name for name in os.listdir(self._folder) if self._names.fullmatch(name))
+
+    def _refuse_present(self) -> None:
+        if (present := self._present()) and not self._overwrite:
+            raise FileExistsError(
+                f"{self._folder} already holds {present[0]} and {len(present) - 1} more files of "
+                f"{self._pattern}; choose another name, or overwrite them (overwrite=True)"
+            )
+
+    def _clear_left_behind(self, temporary: re.Pattern[str]) -> None:
+        """What a killed writer left. Without ``overwrite`` it may be of one that still writes."""
+        found = [name for name in os.listdir(self._folder) if temporary.fullmatch(name)]
+        if found and not self._overwrite:
+            logger.warning(
+                "%s holds %d unfinished files of a build that was killed or still runs (%s ...); "
+                "remove them if it was killed",
+                self._folder,
+                len(found),
+                sorted(found)[0],
+            )
+            return
+        for name in found:
+            os.unlink(os.path.join(self._folder, name))
 
 
 class _OpenTar:
@@ -156,15 +198,17 @@ class _OpenTar:
             # a TarInfo's own defaults are fixed: time 0, user 0, mode 644
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(content)
-            self._tar.addfile(info, io.BytesIO(content))
+            with naming(self.path):
+                self._tar.addfile(info, io.BytesIO(content))
             self.num_bytes += len(content)
         self.keys.add(key)
 
     def close(self) -> None:
-        self._tar.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with naming(self.path):
+            self._tar.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
 
 
 def _check_key(key: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
-from mmfusion.training.checkpoint import read_checkpoint
-from mmfusion.training.resume import complete_checkpoint
+from mmfusion.training.checkpoint import FOLDER, read_checkpoint
+from mmfusion.training.resume import by_step, complete_checkpoint, why_incomplete
 
 STATE_KEY = "mmfusion.stream"
 
@@ -26,7 +26,8 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
     Args:
         recipe: the run's recipe, or its saved config.yaml.
         step: the optimizer step, counted from 0.
-        checkpoint: a checkpoint of the run at or before this step, or the run directory.
+        checkpoint: a checkpoint of the run at or before this step; of a run directory, its newest
+            such.
         as_json: one JSON object a line.
     """
     from mmfusion.cli import from_recipe
@@ -34,7 +35,7 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
     module, data = from_recipe(recipe)
     data.attach(module.model.processor())
     if checkpoint is not None:
-        data.restore(load_stream_state(checkpoint))
+        data.restore(load_stream_state(checkpoint, step))
     for row in samples_at(data, step):
         print(json.dumps(row) if as_json else _line(row))
 
@@ -66,9 +67,14 @@ def samples_at(data: MultimodalData, step: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def load_stream_state(checkpoint: str | Path) -> StreamState:
-    """The data stream's state in a checkpoint, or in a run's newest one."""
-    path = complete_checkpoint(checkpoint, "--checkpoint")
+def load_stream_state(checkpoint: str | Path, step: int) -> StreamState:
+    """The data stream's state in a checkpoint, or in a run's newest one at or before a step."""
+    earlier = [
+        path
+        for path in by_step(Path(checkpoint) / FOLDER)
+        if int(path.stem.removeprefix("step-")) <= step and why_incomplete(path) is None
+    ]
+    path = complete_checkpoint(earlier[-1] if earlier else checkpoint, "--checkpoint")
     callbacks = read_checkpoint(path, "meta").get("callbacks", {})
     if STATE_KEY not in callbacks:
         raise ValueError(

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import yaml
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,6 +43,8 @@ from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
 
 log = logging.getLogger(__name__)
+
+Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<", 1e6)])
 
 RESUME_FROM, INIT_FROM = "MMFUSION_RESUME_FROM", "MMFUSION_INIT_FROM"
 """How rank 0 tells the processes it starts which checkpoints it chose."""
@@ -120,7 +123,7 @@ class RecipeCommand(LightningCLI):
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
             "--timeout_minutes",
-            type=PositiveFloat,
+            type=Minutes,
             default=10.0,
             help="how long a rank waits for the others before the run fails",
         )
@@ -217,8 +220,8 @@ class RecipeCommand(LightningCLI):
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
-        step = self.trainer.global_step
-        log.info(f"{run.path}: finished at step {step}. To talk to it: mmfusion chat {run.path}")
+            done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
+            log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
 
     def validate(self) -> None:
         """Losses and metrics of the run on ``data.val_sources``."""

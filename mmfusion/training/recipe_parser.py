@@ -33,8 +33,12 @@ def ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
     if not isinstance(given, Mapping) or not isinstance(parsed, (Namespace, Mapping)):
         return None
     for key, value in given.items():
+        if key == "init_args" and given.get("class_path") != parsed.get("class_path"):
+            continue  # another recipe or an override put another class in its place
         if key not in parsed:
-            return f"{above}{key}" if value in ({}, None) else None
+            if value in ({}, None):
+                return f"{above}{key}"
+            continue
         if found := ignored_key(value, parsed[key], f"{above}{key}."):
             return found
     return None

@@ -146,6 +146,7 @@ class RunDirectory:
         if not self.identity.exists():
             content = {"id": secrets.token_hex(4), "created": _now(), "versions": _versions()}
             replace_text(self.identity, json.dumps(content, indent=2))
+        _ = self.id  # refused here where it is damaged, before anything moves
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
         text = yaml.safe_dump({"run_dir": str(self.path), **kept}, sort_keys=False)
         replace_text(self.config, text)

@@ -53,8 +53,11 @@ class BareLoop(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         make = data.train_dataloader
 
-        count = (trainer.max_steps + 1) * trainer.accumulate_grad_batches
-        data.train_dataloader = lambda: Made(itertools.islice(make(), count))
+        def made_beforehand() -> Made:
+            count = (trainer.max_steps + 1) * trainer.accumulate_grad_batches
+            return Made(itertools.islice(make(), count))
+
+        data.train_dataloader = made_beforehand
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._model = copy.deepcopy(pl_module.model)

@@ -146,6 +146,45 @@ def test_exception_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
     assert [(tmp_path / "0.tar").read_bytes()] == before
 
 
+def test_a_failure_among_the_names_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are given last; here the third of them cannot be."""
+    names = []
+
+    def publish_two(temporary: str, path: str) -> None:
+        names.append(path)
+        if len(names) > 2:
+            raise OSError(5, "Input/output error", path)
+        os.replace(temporary, path)
+
+    monkeypatch.setattr("mmfusion.data.writer.publish", publish_two)
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        ShardWriter(str(tmp_path / "%d.tar"), max_samples=10) as writer,
+    ):
+        write_all(writer, RECORDS)
+    assert names == [str(tmp_path / name) for name in ("0.tar.idx", "0.tar", "1.tar.idx")]
+    assert os.listdir(tmp_path) == writer.paths == []
+
+
+def test_shards_that_came_meanwhile_are_refused_not_removed(tmp_path: Path) -> None:
+    late = ShardWriter(str(tmp_path / "train-%06d.tar"))
+    write_all(late, RECORDS[:3])
+    theirs = [path.read_bytes() for path in write(tmp_path, RECORDS, max_samples=5)]
+    with pytest.raises(FileExistsError, match=r"train-000000.tar and 9 more"):
+        late.close()
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.tar"))] == theirs
+    assert len(os.listdir(tmp_path)) == 10
+
+
+def test_closing_twice_changes_nothing(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "%d.tar")) as writer:
+        write_all(writer, RECORDS)
+        writer.close()
+    assert sorted(os.listdir(tmp_path)) == ["0.tar", "0.tar.idx"]
+
+
 def test_killed_writer_leaves_nothing_that_looks_like_a_data_set(tmp_path: Path) -> None:
     for delay in (0.0, 0.01, 0.03, 0.06):
         folder = tmp_path / str(delay)
@@ -162,5 +201,5 @@ def test_killed_writer_leaves_nothing_that_looks_like_a_data_set(tmp_path: Path)
         os.waitpid(child, 0)
         with pytest.raises(ShardError, match=r"holds no \.tar file"):
             Shards(str(folder))
-        write(folder, RECORDS, pattern="%06d.tar")
+        write(folder, RECORDS, pattern="%06d.tar", overwrite=True)
         assert sorted(os.listdir(folder)) == ["000000.tar", "000000.tar.idx"]

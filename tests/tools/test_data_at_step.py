@@ -33,23 +33,35 @@ def test_a_checkpoint_gives_the_same_rows_and_refuses_earlier_steps(folders, tmp
         data.state.commit(batch.stream)
     save(tmp_path / "5.ckpt", {"mmfusion.stream": data.state.to_json()})
     later = make_data(folders)
-    later.restore(load_stream_state(tmp_path / "5.ckpt"))
+    later.restore(load_stream_state(tmp_path / "5.ckpt", 7))
     assert list(samples_at(later, 7)) == list(samples_at(make_data(folders), 7))
     with pytest.raises(ValueError, match="step 3 lies before the given checkpoint's step 5"):
         list(samples_at(later, 3))
 
 
-def save(path, callbacks):
-    rest = {"state_dict": {}, "global_step": 5, "loops": {}, "optimizer_states": []}
+def save(path, callbacks, step=5):
+    path.parent.mkdir(exist_ok=True)
+    rest = {"state_dict": {}, "global_step": step, "loops": {}, "optimizer_states": []}
     torch.save({**rest, "callbacks": callbacks}, path)
+
+
+def test_of_a_run_the_newest_checkpoint_before_the_step_is_taken(folders, tmp_path):
+    data = make_data(folders, packs_per_micro_batch=4)
+    for step, batch in zip(range(1, 5), data.train_dataloader(), strict=False):
+        data.state.commit(batch.stream)
+        file = tmp_path / "checkpoints" / f"step-{step:08d}.ckpt"
+        save(file, {"mmfusion.stream": data.state.to_json()}, step)
+    torch.save({}, tmp_path / "checkpoints" / "step-00000002.ckpt")
+    taken = [load_stream_state(tmp_path, step).step for step in (1, 2, 3, 9)]
+    assert taken == [1, 1, 3, 4]
 
 
 def test_a_file_without_the_state_is_refused(tmp_path):
     save(tmp_path / "x.ckpt", {"other": {}})
     with pytest.raises(ValueError, match=r"no state of the data stream \(callbacks: \['other'\]"):
-        load_stream_state(tmp_path / "x.ckpt")
+        load_stream_state(tmp_path / "x.ckpt", 9)
     (tmp_path / "no.ckpt").write_text("hello")
     with pytest.raises(ValueError, match=r"--checkpoint .*no.ckpt: the checkpoint cannot be read"):
-        load_stream_state(tmp_path / "no.ckpt")
+        load_stream_state(tmp_path / "no.ckpt", 9)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        load_stream_state(tmp_path / "nothing.ckpt")
+        load_stream_state(tmp_path / "nothing.ckpt", 9)
