@@ -73,6 +73,8 @@ def quickstart(
         no_media = run / NO_MEDIA if finished(run / NO_MEDIA) else None
         figures = measure_run(run, run / STAGE1, no_media, small)
         print_figures(figures)
+        if small:
+            print("   The bounds are the whole quickstart's; --small is too short to reach them.")
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
     print_next(run, report, recipes)
 
