@@ -55,7 +55,10 @@ def load(
         for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-    return Chat(model.to(device))
+    try:
+        return Chat(model.to(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
 class Chat:

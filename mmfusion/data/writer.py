@@ -46,7 +46,8 @@ class ShardWriter:
         overwrite: bool = False,
     ) -> None:
         folder, name = os.path.split(pattern)
-        if len(_NUMBER.findall(name)) != 1 or not name.endswith(".tar"):
+        rest = _NUMBER.sub("", name)
+        if len(_NUMBER.findall(name)) != 1 or "%" in rest or not name.endswith(".tar"):
             raise ValueError(
                 f"shard pattern {pattern!r} must end in .tar and hold one number such as %06d"
             )
@@ -54,12 +55,14 @@ class ShardWriter:
             raise ValueError(f"max_samples={max_samples} and max_bytes={max_bytes} must be >= 1")
         os.makedirs(folder or ".", exist_ok=True)
         self._pattern, self._max_samples, self._max_bytes = pattern, max_samples, max_bytes
-        self._folder = folder or "."
+        self._folder, self._name = folder, name
         self._overwrite = overwrite
         start, end = map(re.escape, _NUMBER.split(name))
         self._names = re.compile(rf"{start}\d+{end}(\.idx)?")
         self._refuse_present()
-        self._clear_left_behind(re.compile(rf"\.{start}\d+{end}\.\d+-[0-9a-f]+\.tmp(\.idx)?"))
+        aside = r"\.\d+-[0-9a-f]+\.tmp"
+        left = rf"\.\.?{start}\d+{end}(\.idx)?{aside}(\.idx({aside})?)?"
+        self._clear_left_behind(re.compile(left))
         self.paths: list[str] = []
         self.num_samples = 0
         self._shard: _OpenTar | None = None
@@ -89,7 +92,7 @@ class ShardWriter:
         if full:
             self._finish()
         if self._shard is None:
-            self._shard = _OpenTar(temporary_path(self._pattern % len(self._complete)))
+            self._shard = _OpenTar(temporary_path(self._path(len(self._complete))))
         if key in self._shard.keys:
             raise ValueError(f"key {key!r} was already written; keys must be unique")
         self._shard.add(key, record)
@@ -132,18 +135,32 @@ class ShardWriter:
         write_index(path, scan(path))
 
     def _publish(self) -> None:
-        """Only renames are left to do, so that little can fail between the first and the last."""
+        """Only renames are left to do. Where one fails, the earlier shards get their names back."""
         if not self._complete:
             return
         self._refuse_present()
-        for name in self._present():
-            os.unlink(os.path.join(self._folder, name))
-        for number, temporary in enumerate(self._complete):
-            path = self._pattern % number
-            self.paths.append(path)
-            publish(index_path(temporary), index_path(path))  # no tar is seen without its index
-            publish(temporary, path)
+        earlier = [os.path.join(self._folder, name) for name in self._present()]
+        aside = {path: temporary_path(path) for path in earlier}
+        try:
+            for path in earlier:
+                os.rename(path, aside[path])
+            for number, temporary in enumerate(self._complete):
+                path = self._path(number)
+                self.paths.append(path)
+                publish(index_path(temporary), index_path(path))  # no tar is seen without its index
+                publish(temporary, path)
+        except BaseException:
+            self._abort()
+            for path in earlier:
+                if os.path.lexists(aside[path]):
+                    os.rename(aside[path], path)
+            raise
         self._complete = []
+        for path in aside.values():
+            os.unlink(path)
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self._folder, self._name % number)
 
     def _abort(self) -> None:
         """Leave nothing behind."""
@@ -158,18 +175,20 @@ class ShardWriter:
         self._shard, self._complete, self.paths = None, [], []
 
     def _present(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._folder) if self._names.fullmatch(name))
+        return sorted(
+            name for name in os.listdir(self._folder or ".") if self._names.fullmatch(name)
+        )
 
     def _refuse_present(self) -> None:
         if (present := self._present()) and not self._overwrite:
             raise FileExistsError(
-                f"{self._folder} already holds {present[0]} and {len(present) - 1} more files of "
-                f"{self._pattern}; choose another name, or overwrite them (overwrite=True)"
+                f"{self._folder or '.'} already holds {present[0]} and {len(present) - 1} more "
+                f"files of {self._pattern}; choose another name, or overwrite them (overwrite=True)"
             )
 
     def _clear_left_behind(self, temporary: re.Pattern[str]) -> None:
         """What a killed writer left. Without ``overwrite`` it may be of one that still writes."""
-        found = [name for name in os.listdir(self._folder) if temporary.fullmatch(name)]
+        found = [name for name in os.listdir(self._folder or ".") if temporary.fullmatch(name)]
         if found and not self._overwrite:
             logger.warning(
                 "%s holds %d unfinished files of a build that was killed or still runs (%s ...); "

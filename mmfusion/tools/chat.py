@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmfusion.inference import Chat, load, read_media
-from mmfusion.types import Media, Message, Text
+from mmfusion.types import DataError, Media, Message, Text
 
 QUIT = ("/quit", "/exit")
 
@@ -61,6 +62,8 @@ def chat(
 def lines() -> Iterator[str]:
     """What the user types, or a pipe brings, line by line; Ctrl-C clears a line, Ctrl-D ends."""
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input(prompt)
@@ -114,12 +117,15 @@ class Session:
         if not path:
             raise ValueError(f"/{modality} needs the path of a file.")
         media = read_media(path.strip("'\""), modality)
-        self._chat.processor.media[modality](media)  # decodes it: is it such a file at all
+        try:
+            self._chat.processor.media[modality](media)  # decodes it: is it such a file at all
+        except DataError as error:
+            raise ValueError(f"{path} cannot be used as {modality}: {error}") from error
         self.pending.append(media)
         print(f"({modality} {Path(path).name} goes with your next message)", flush=True)
 
     def _answer(self, text: str) -> None:
-        turn = Message("user", (*self.pending, Text(text)))
+        turn, media = Message("user", (*self.pending, Text(text))), self.pending
         self.pending = []
         answer = ""
         stream = self._chat.generate([*self.history, turn], stream=True, **self._options)
@@ -130,5 +136,8 @@ class Session:
         except KeyboardInterrupt:
             stream.close()
             print(" (stopped)", end="")
+        except (ValueError, OSError, RuntimeError) as error:
+            again = " Attach its media again." if media else ""
+            raise ValueError(f"{error}{again}") from error
         print(flush=True)
         self.history += [turn, Message("assistant", (Text(answer.strip()),))]

@@ -112,7 +112,9 @@ def _files(entry: Entry, root: str, allow_outside: bool) -> list[tuple[str, str]
     """(extension in the record, path) of each media file."""
     files = []
     for number, written in enumerate(entry.media):
-        if "://" in written or "\0" in written:
+        if not written.isprintable():
+            raise BadEntry(f"{written!r} is no path of a file: it holds what no file name has")
+        if "://" in written:
             raise BadEntry(f"{written!r} is no path of a file; addresses are not fetched")
         path = os.path.realpath(os.path.join(root, written))
         if not allow_outside and os.path.commonpath([root, path]) != root:

@@ -7,13 +7,15 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import FrameType
+from typing import Any, Literal, NoReturn, cast
 
 import lightning as L
 import torch
@@ -30,7 +32,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
 from mmfusion.training.callbacks.audit import Audit
-from mmfusion.training.callbacks.checkpointing import RunCheckpoint
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
@@ -219,9 +221,25 @@ class RecipeCommand(LightningCLI):
             self._progress().attempt = attempt
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+            self._train(start)
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
             log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
+
+    def _train(self, start: Path | None) -> None:
+        """Until training starts, and RunCheckpoint takes over, a signal ends the run at once."""
+
+        def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+            raise RunInterrupted(number, 0, saved=False)
+
+        before = signal.signal(signal.SIGTERM, stop_at_once)
+        try:
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise RunInterrupted(signal.SIGINT, 0, saved=False) from None
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def validate(self) -> None:
         """Losses and metrics of the run on ``data.val_sources``."""

@@ -109,14 +109,15 @@ class RunDirectory:
             ValueError: where the recipe differs from the one the run started with in a key that
                 changes what is trained.
         """
-        if allow_change or not self.config.exists() or not by_step(self.checkpoints):
+        if allow_change or not by_step(self.checkpoints):
             return
         try:
             before = dict(yaml.safe_load(self.config.read_text()))
-        except (yaml.YAMLError, ValueError, TypeError) as error:
+        except (FileNotFoundError, yaml.YAMLError, ValueError, TypeError) as error:
             raise ValueError(
-                f"{self.config} is damaged, so the recipe cannot be compared with the one the run "
-                f"started with ({error}); if it is the same, go on by --allow_recipe_change."
+                f"{self.config} is missing or damaged, so the recipe cannot be compared with the "
+                f"one the run started with ({error}); if it is the same, go on by "
+                "--allow_recipe_change."
             ) from None
         if changes := list(differences(before, recipe)):
             raise ValueError(
@@ -133,7 +134,7 @@ class RunDirectory:
                 or password, which would be written to ``config.yaml``.
         """
         shown = dict(_flatten(hide_secrets(recipe)))
-        if secret := [key for key, value in _flatten(recipe) if shown.get(key) != value]:
+        if secret := [key for key, value in _flatten(recipe) if str(shown.get(key)) != str(value)]:
             raise ValueError(
                 f"{', '.join(secret)}: a key, token or password in a recipe would be written to "
                 f"{self.config} and to the loggers; give it by an environment variable (HF_TOKEN, "

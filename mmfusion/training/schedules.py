@@ -29,13 +29,13 @@ class WarmupCosine:
         progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def check(self, total_steps: int) -> None:
+    def check(self, total_steps: int | None) -> None:
         """Refuse a run whose length is not known, or shorter than its warmup.
 
         Raises:
             ValueError: naming the recipe's key.
         """
-        if total_steps <= 0:
+        if total_steps is None or total_steps <= 0:
             raise ValueError(
                 f"the learning rate falls over the whole run, but trainer.max_steps is "
                 f"{total_steps}: set trainer.max_steps to the number of optimizer steps."

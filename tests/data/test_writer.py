@@ -117,7 +117,7 @@ def test_empty_record_text_content_and_repeated_key_are_refused(tmp_path: Path) 
             writer.write("a", {"txt": b""})
 
 
-@pytest.mark.parametrize("pattern", ["a.tar", "a-%d-%d.tar", "a-%06d", "%06d/a.tar"])
+@pytest.mark.parametrize("pattern", ["a.tar", "a-%d-%d.tar", "a-%06d", "%06d/a.tar", "%s-%d.tar"])
 def test_pattern_without_one_number_is_refused(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(ValueError, match="one number"):
         ShardWriter(str(tmp_path / pattern))
@@ -149,7 +149,9 @@ def test_exception_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
 def test_a_failure_among_the_names_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The names are given last; here the third of them cannot be."""
+    """The names are given last; here the third of them cannot be. The earlier shards stay."""
+    write(tmp_path, RECORDS[:9], pattern="%d.tar", max_samples=2)
+    earlier = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     names = []
 
     def publish_two(temporary: str, path: str) -> None:
@@ -161,11 +163,12 @@ def test_a_failure_among_the_names_leaves_no_part(
     monkeypatch.setattr("mmfusion.data.writer.publish", publish_two)
     with (
         pytest.raises(OSError, match="Input/output"),
-        ShardWriter(str(tmp_path / "%d.tar"), max_samples=10) as writer,
+        ShardWriter(str(tmp_path / "%d.tar"), max_samples=10, overwrite=True) as writer,
     ):
         write_all(writer, RECORDS)
     assert names == [str(tmp_path / name) for name in ("0.tar.idx", "0.tar", "1.tar.idx")]
-    assert os.listdir(tmp_path) == writer.paths == []
+    assert writer.paths == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == earlier
 
 
 def test_shards_that_came_meanwhile_are_refused_not_removed(tmp_path: Path) -> None:
@@ -176,6 +179,10 @@ def test_shards_that_came_meanwhile_are_refused_not_removed(tmp_path: Path) -> N
         late.close()
     assert [path.read_bytes() for path in sorted(tmp_path.glob("*.tar"))] == theirs
     assert len(os.listdir(tmp_path)) == 10
+
+
+def test_a_folder_may_have_a_percent_sign(tmp_path: Path) -> None:
+    assert write(tmp_path / "100%", RECORDS) == [tmp_path / "100%" / "train-000000.tar"]
 
 
 def test_closing_twice_changes_nothing(tmp_path: Path) -> None:

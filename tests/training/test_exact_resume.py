@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -147,3 +148,24 @@ def test_loader_processes_change_nothing(home, recipe, whole):
         name = f"workers{workers}"
         assert run_to_end(home, recipe, name, f"--data.num_workers={workers}") == whole
         assert steps(home / f"{name}-packs") == steps(home / "whole-packs")
+
+
+def signal_at_fit_start(number):
+    """Before training starts, when a run's own handlers are set."""
+
+    def on_fit_start(self, trainer, module):
+        os.kill(os.getpid(), number)
+
+    Recorder.on_fit_start = on_fit_start
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_while_it_starts_it_says_so(home, recipe, number, code):
+    name = f"early-{number.name}"
+    prepare = partial(signal_at_fit_start, number)
+    process = jobs.start(options(home, recipe, name), home / f"{name}.log", prepare=prepare)
+    process.join()
+    assert process.exitcode == code, (home / f"{name}.log").read_text()
+    status = json.loads((home / name / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert "interrupted while it started" in status["reason"]

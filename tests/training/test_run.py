@@ -108,9 +108,12 @@ def test_damaged_files_of_a_run_are_named_with_what_to_do(tmp_path):
             _ = run.id
     for text in ("a: [1", "", "- 1"):
         run.config.write_text(text)
-        with pytest.raises(ValueError, match=r"(?s)config.yaml is damaged.*--allow_recipe_change"):
+        with pytest.raises(ValueError, match=r"(?s)config.yaml is missing or.*--allow_recipe_ch"):
             run.check_recipe(RECIPE)
         run.check_recipe(RECIPE, allow_change=True)
+    run.config.unlink()
+    with pytest.raises(ValueError, match=r"config.yaml is missing or damaged"):
+        run.check_recipe(RECIPE)
 
 
 def test_before_the_first_checkpoint_any_recipe_may_start(tmp_path):

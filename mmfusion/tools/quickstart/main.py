@@ -147,7 +147,8 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
             # The terminal's Ctrl-C reached fit as well: it finishes its step and saves.
             interrupted = True
     if interrupted and code == 130:
-        raise SystemExit("\nInterrupted. The same line again goes on.")
+        print("\nInterrupted. The same line again goes on.", file=sys.stderr)
+        raise SystemExit(130)
     if code:
         raise SystemExit(
             f"\nmmfusion fit ended with code {code}; see above. The same line again goes on."

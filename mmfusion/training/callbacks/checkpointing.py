@@ -20,13 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class RunInterrupted(SystemExit):
-    """The run was asked to stop, finished its step and saved."""
+    """The run was asked to stop; it finished its step and saved, unless it was only starting."""
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(self, signum: int, step: int, saved: bool = True) -> None:
         super().__init__(128 + signum)
-        self.step = step
+        self.step, self.saved = step, saved
 
     def __str__(self) -> str:
+        if not self.saved:
+            return "interrupted while it started, nothing new to save; the same command goes on"
         return f"interrupted after step {self.step}, saved; the same command goes on from here"
 
 
