@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -21,7 +22,7 @@ from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
 from mmfusion.data.validation import ValidationBatches
-from mmfusion.data.workers import Workers, leave_signals
+from mmfusion.data.workers import Workers, leave_signals, signals_held
 from mmfusion.processing.processor import Processor
 from mmfusion.types import Batch, EncodedSample
 
@@ -119,7 +120,7 @@ class TrainLoader:
         dataset = _Steps(
             copy.deepcopy(state), self._sources, self._processor, self._division, self._pad_rows
         )
-        for made in _data_loader(dataset, self._workers, persistent=False):
+        for made in _start(_data_loader(dataset, self._workers, persistent=False)):
             batches = unpack(made) if isinstance(made, Parcel) else made
             yield from batches
             state.commit(batches[-1].stream)
@@ -138,7 +139,12 @@ class FixedLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return _start(self._loader)
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    with signals_held():
+        return iter(loader)
 
 
 def _data_loader(dataset: Dataset, workers: Workers, persistent: bool) -> DataLoader:

@@ -2,7 +2,8 @@
 
 A terminal's Ctrl-C, torchrun and Slurm send their signal to every process of the run, loaders
 included. The trainer then still needs the batches of the step it finishes, so loaders leave SIGINT
-and SIGTERM to it, until the interpreter exits and ends them.
+and SIGTERM to it, until the interpreter exits and ends them. So must the fork server, where there
+is one (Python 3.14's default): a loader ends itself when the process that forked it has gone.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ import atexit
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import resource_tracker
 from types import FrameType
+
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,19 @@ class Workers:
 
     count: int = 0
     start_method: str | None = None
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Start loaders in it: what is started has both signals blocked, as here. A loader opens itself
+    to them when its handlers are set, the fork server never.
+    """
+    resource_tracker.ensure_running()  # where it is started, it unblocks both
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @cache
@@ -48,6 +67,7 @@ class LeaveSignals:
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._ending.value:
