@@ -11,10 +11,12 @@ import difflib
 import importlib
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfusion import __version__
@@ -152,8 +154,17 @@ def _run(name: str, args: list[str]) -> Any:
     from jsonargparse import auto_cli
 
     module, function = TOOLS[name][0].split(":")
-    tool = getattr(importlib.import_module(module), function)
-    return auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        tool = getattr(importlib.import_module(module), function)
+        return auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """A tool removes what it has not finished."""
+    raise SystemExit(128 + number)
 
 
 def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:

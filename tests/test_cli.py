@@ -103,6 +103,18 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path, capsys):
     assert "line 2" in fails(capsys, "fit", "-c", tmp_path / "bad.yaml")[1]
 
 
+def test_of_several_recipes_the_wrong_one_is_named(recipe, tmp_path, capsys):
+    for name, content in {"bad": b"a: [1\nb: 2", "binary": b"\xff\0", "list": b"- 1"}.items():
+        (tmp_path / f"{name}.yaml").write_bytes(content)
+        error = fails(capsys, "fit", "-c", recipe, "-c", tmp_path / f"{name}.yaml")[1]
+        assert f"error: {tmp_path}/{name}.yaml: " in error
+
+
+def test_without_a_recipe_it_is_asked_for(capsys):
+    assert "-c RECIPE" in fails(capsys, "fit", "--trainer.max_steps=3")[1]
+    assert "-c RECIPE" not in fails(capsys, "data", "build")[1]
+
+
 def test_traceback_is_shown_where_it_is_asked_for(recipe):
     with pytest.raises(FileNotFoundError):
         main(["fit", "--traceback", "-c", str(recipe), "--resume=must"])
@@ -199,6 +211,10 @@ def test_from_recipe_raises_for_a_wrong_override(recipe):
 
 def test_load_module_refuses_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run directory"):
+        load_module(tmp_path)
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "config.yaml").touch()
+    with pytest.raises(FileNotFoundError, match="/stage is one"):
         load_module(tmp_path)
 
 

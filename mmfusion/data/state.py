@@ -165,19 +165,29 @@ class StreamState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamState:
-        """The inverse of :meth:`to_json`."""
-        spec = dict(data["spec"])
-        spec["sources"] = tuple(SourceSpec(**source) for source in spec["sources"])
-        return cls(
-            spec=StreamSpec(**spec),
-            step=data["step"],
-            packs=data["packs"],
-            counts={
-                name: SourceCounts(c["seen"], c["tokens"], dict(c["bad"]))
-                for name, c in data["counts"].items()
-            },
-            lanes=[replace(LaneState(**x), carry=tuple(x["carry"])) for x in data["lanes"]],
-        )
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        try:
+            spec = dict(data["spec"])
+            spec["sources"] = tuple(SourceSpec(**source) for source in spec["sources"])
+            return cls(
+                spec=StreamSpec(**spec),
+                step=data["step"],
+                packs=data["packs"],
+                counts={
+                    name: SourceCounts(c["seen"], c["tokens"], dict(c["bad"]))
+                    for name, c in data["counts"].items()
+                },
+                lanes=[replace(LaneState(**x), carry=tuple(x["carry"])) for x in data["lanes"]],
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"the saved state of the data stream is damaged or of another version ({error!r}); "
+                "go on from another checkpoint."
+            ) from error
 
 
 @dataclass(frozen=True)

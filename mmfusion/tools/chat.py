@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmfusion.data.converters.members import MODALITY_OF
 from mmfusion.inference import Chat, load, read_media
 from mmfusion.types import DataError, Media, Message, Text
 
@@ -113,7 +114,9 @@ class Session:
 
     def _attach(self, modality: str, path: str) -> None:
         if modality not in self._chat.modalities:
-            raise ValueError(f"there is no command /{modality}. {self.help()}")
+            known = modality in MODALITY_OF.values()
+            problem = "this model takes no " if known else "there is no command /"
+            raise ValueError(f"{problem}{modality}. {self.help()}")
         if not path:
             raise ValueError(f"/{modality} needs the path of a file.")
         media = read_media(path.strip("'\""), modality)

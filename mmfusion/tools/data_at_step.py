@@ -30,10 +30,16 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
             such.
         as_json: one JSON object a line.
     """
-    from mmfusion.cli import from_recipe
+    from mmfusion.training.command import RecipeCommand
 
-    module, data = from_recipe(recipe)
-    data.attach(module.model.processor())
+    command = RecipeCommand("", ["--config", recipe])
+    if 0 <= (end := command.config.trainer.max_steps) <= step:
+        raise ValueError(
+            f"step {step} is never trained: the recipe's trainer.max_steps is {end}, and steps are "
+            "counted from 0."
+        )
+    data = command.datamodule
+    data.attach(command.model.model.processor())
     if checkpoint is not None:
         data.restore(load_stream_state(checkpoint, step))
     for row in samples_at(data, step):
@@ -56,8 +62,11 @@ def samples_at(data: MultimodalData, step: int) -> Iterator[dict[str, Any]]:
     assert data.processor is not None
     stream = Stream(state, data.sources, data.processor)
     first = state.packs + (step - state.step) * count
-    for q in range(first, first + count):
-        for item in stream.pack(q).items:
+    packs = [stream.pack(q) for q in range(first, first + count)]
+    if not any(pack.items for pack in packs):
+        raise ValueError(f"step {step} is never trained: the data end before it.")
+    for q, pack in enumerate(packs, first):
+        for item in pack.items:
             shards = data.sources[item.ref.source].shards
             _, shard, key = shards.read(item.ref.index)
             yield {

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from mmfusion.data.converters.conversation import Conversation
@@ -25,10 +26,10 @@ def build(
     list_path: str,
     output: str,
     media_root: str | None = None,
-    shard_samples: int = 10_000,
-    shard_bytes: int = 1 << 30,
+    shard_samples: PositiveInt = 10_000,
+    shard_bytes: PositiveInt = 1 << 30,
     decode: bool = False,
-    max_bad: int = 0,
+    max_bad: NonNegativeInt = 0,
     allow_outside: bool = False,
     overwrite: bool = False,
 ) -> None:

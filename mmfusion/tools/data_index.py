@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from mmfusion.data.index import (
@@ -25,7 +26,7 @@ _SHARDS_PER_PROCESS = 16
 _MOST_LISTED = 20
 
 
-def index(paths: str | list[str], force: bool = False, workers: int | None = None) -> None:
+def index(paths: str | list[str], force: bool = False, workers: PositiveInt | None = None) -> None:
     """Check shards from the first byte to the last header, and write the missing indexes.
 
     An index that does not fit its shard is reported and left alone, unless --force is given.

@@ -348,7 +348,9 @@ def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalMod
     if not run.config.is_file():
         raise FileNotFoundError(
             f"{run.path} is not a run directory: it has no {run.config.name}. Give the directory "
-            "that `mmfusion fit` wrote (run_dir in the recipe)."
+            "that `mmfusion fit` wrote (run_dir in the recipe)"
+            + "".join(f"; {config.parent} is one" for config in run.path.glob("*/config.yaml"))
+            + "."
         )
     chosen = run.path if step is None else run.checkpoints / f"step-{step:08d}.ckpt"
     if step is not None and not chosen.is_file():

@@ -15,8 +15,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 class RecipeParser(LightningArgumentParser):
     """Errors are one message that names the key, with a suggestion."""
 
+    def parse_path(self, cfg_path: Any, *args: Any, **options: Any) -> Namespace:
+        """Read one recipe of possibly several; an error says which."""
+        try:
+            return super().parse_path(cfg_path, *args, **options)
+        except (RecipeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{cfg_path}: {error}") from error
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error for the command to print."""
+        if message.strip().startswith("the following arguments are required: model."):
+            message += "\nA recipe gives them: -c RECIPE."
         raise RecipeError(with_suggestion(message, known_keys(self))) from ex
 
 

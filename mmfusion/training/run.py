@@ -164,9 +164,10 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
+            told = self.status()
+            at = f", at step {told['step']} at {told['updated']}" if "updated" in told else ""
             raise ValueError(
-                f"another process is writing {self.path} ({self.status()}); stop it, or use "
-                "another --run_dir."
+                f"another process is writing {self.path}{at}; stop it, or use another --run_dir."
             ) from None
 
     def set_aside(self, after_step: int, attempt: Attempt) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,9 @@ def test_no_patterns_and_missing_variable_are_refused() -> None:
         find_shards([])
     with pytest.raises(ValueError, match="environment variable"):
         find_shards("$MMFUSION_NO_SUCH_VARIABLE/a.tar")
+
+
+def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "train-04.tar")
+    with pytest.raises(ShardError, match=r"train-04.tar is no regular file"):
+        find_shards(str(folder))

@@ -72,10 +72,19 @@ def test_errors_do_not_end_the_session(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.bin").write_bytes(b"")
-    for line in ("/image", "/picture a.png", f"/image {tmp_path}", f"/image {tmp_path}/empty.bin"):
+    for line in (
+        "/image",
+        "/audio a.wav",
+        "/picture a.png",
+        f"/image {tmp_path}",
+        f"/image {tmp_path}/empty.bin",
+    ):
         session.handle(line)
     session.handle("w1")  # an empty file has no feature: an error, and the turn is dropped
-    assert capsys.readouterr().out.count("error: ") == 4
+    shown = capsys.readouterr().out
+    assert shown.count("error: ") == 5
+    assert "this model takes no audio. Commands: /image PATH" in shown
+    assert "there is no command /picture. Commands: /image PATH" in shown
     assert session.history == []
     session.handle("w1")
     assert len(session.history) == 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfusion.tools.data_at_step import load_stream_state, samples_at
+from mmfusion.tools.data_at_step import at_step, load_stream_state, samples_at
 from tests.data.synthetic import keys_of, make_data, write_source
+from tests.training.tiny import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,21 @@ def test_a_file_without_the_state_is_refused(tmp_path):
         load_stream_state(tmp_path / "no.ckpt", 9)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_stream_state(tmp_path / "nothing.ckpt", 9)
+
+
+def test_a_damaged_state_is_refused(folders, tmp_path):
+    good = make_data(folders).state.to_json()
+    damaged = [5, {"spec": {}}, good | {"lanes": [{"packs": 1}]}, good | {"counts": {"a": {}}}]
+    for number, state in enumerate([*damaged, {k: v for k, v in good.items() if k != "step"}]):
+        save(tmp_path / f"{number}.ckpt", {"mmfusion.stream": state})
+        with pytest.raises(ValueError, match="data stream is damaged"):
+            load_stream_state(tmp_path / f"{number}.ckpt", 9)
+
+
+def test_a_step_that_is_never_trained_is_refused(folders, tmp_path):
+    recipe = str(write_recipe(tmp_path, trainer__max_steps=3))
+    at_step(recipe, 2)
+    with pytest.raises(ValueError, match=r"step 3 is never trained: .*max_steps is 3"):
+        at_step(recipe, 3)
+    with pytest.raises(ValueError, match="step 1000 is never trained: the data end before it"):
+        list(samples_at(make_data(folders, epochs=1.0), 1000))

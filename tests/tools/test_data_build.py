@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import soundfile
 from PIL import Image
 from transformers import AutoTokenizer
 
+from mmfusion.cli import main
 from mmfusion.data.converters.base import Converter
 from mmfusion.data.converters.caption import Caption
 from mmfusion.data.converters.conversation import Conversation
@@ -342,3 +344,25 @@ def test_command_line_builds_shards(media: Path, tmp_path: Path) -> None:
     assert "1 samples" in done.stdout
     assert "1 bad entries were left out" in done.stdout
     assert len(records(tmp_path / "out")) == 1
+
+
+def test_a_build_that_is_terminated_leaves_nothing(media: Path, tmp_path: Path) -> None:
+    listed = write_list(media, "l.jsonl", [GOOD] * 20_000)
+    out = tmp_path / "out"
+    run = [sys.executable, "-m", "mmfusion", "data", "build", listed, str(out), "--decode", "true"]
+    process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.is_dir() and any(out.iterdir())):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143
+    assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", ["--max_bad=-1", "--shard_samples=0", "--shard_bytes=0", "--max_bad=some"]
+)
+def test_a_number_that_cannot_be_meant_is_refused(option, media, tmp_path, capsys) -> None:
+    listed = write_list(media, "l.jsonl", [GOOD])
+    with pytest.raises(SystemExit):
+        main(["data", "build", listed, str(tmp_path / "out"), option])
+    assert option[2:].partition("=")[0] in capsys.readouterr().err

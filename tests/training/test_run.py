@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import re
 
 import pytest
 import yaml
@@ -150,7 +151,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
         process.start()
         process.join()
         assert not answer.empty()
-        assert "another process is writing" in answer.get()
+        assert re.search("another process is writing .*, at step 0 at 20..-.*; stop", answer.get())
 
 
 def test_torn_files_of_a_killed_save_are_removed(tmp_path):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmfusion.data.whole_file import write_whole
 from mmfusion.paths import cache_dir
 from mmfusion.tools.quickstart.assets import ASSETS, fetch_all
 
@@ -88,7 +89,7 @@ class Steps:
 
     def __init__(self, file: Path, count: int) -> None:
         self.file, self.count, self.number = file, count, 0
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.seconds: dict[str, float] = read_json(file)
 
     @contextmanager
     def next(self, title: str) -> Iterator[None]:
@@ -101,7 +102,8 @@ class Steps:
             spent = time.monotonic() - start
             self.seconds[title] = self.seconds.get(title, 0.0) + spent
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(self.seconds, indent=1))
+            with write_whole(str(self.file)) as file:
+                file.write(json.dumps(self.seconds, indent=1).encode())
             print(f"   {spent:.0f} s", flush=True)
 
 
@@ -146,19 +148,41 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
         except KeyboardInterrupt:
             # The terminal's Ctrl-C reached fit as well: it finishes its step and saves.
             interrupted = True
+        except SystemExit:
+            end_with_us(child)
+            raise
     if interrupted and code == 130:
         print("\nInterrupted. The same line again goes on.", file=sys.stderr)
         raise SystemExit(130)
     if code:
         raise SystemExit(
-            f"\nmmfusion fit ended with code {code}; see above. The same line again goes on."
+            f"\nmmfusion fit ended with code {code}; see above. When that is mended, the "
+            "same line again goes on."
         )
+
+
+def end_with_us(child: subprocess.Popen[bytes]) -> None:
+    """SIGTERM came here. Where it did not go to the child as well, which then saves and ends by
+    itself, pass it on.
+    """
+    try:
+        child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+        child.wait()
 
 
 def finished(run: Path) -> bool:
     """Whether a run is there and came to its end."""
-    status = run / "status.json"
-    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+    return read_json(run / "status.json").get("state") == "finished"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What only informs; nothing where the file is not there or damaged."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
 
 
 def print_manifest(manifest: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mmfusion.tools.quickstart import main
-from mmfusion.tools.quickstart.main import Steps, find_recipes, fit
+from mmfusion.tools.quickstart.main import Steps, end_with_us, find_recipes, finished, fit
 
 
 def test_recipes_are_found_and_are_those_of_the_stages():
@@ -52,6 +52,23 @@ def test_times_of_all_starts_add_up(tmp_path, capsys):
     assert "== 1/1 a step" in capsys.readouterr().out
 
 
+def test_damaged_files_that_only_inform_do_not_stop_it(tmp_path):
+    for text in ("", "[1]", "5"):
+        (tmp_path / "status.json").write_text(text)
+        assert not finished(tmp_path)
+        assert Steps(tmp_path / "status.json", 1).seconds == {}
+
+
+@pytest.mark.parametrize("passed_on", [False, True])
+def test_a_child_that_knows_saves_and_one_that_does_not_is_told(passed_on):
+    code = "import signal, time; signal.signal(15, lambda *_: exit(7)); print(flush=True);"
+    code += "time.sleep(60)" if passed_on else "time.sleep(1); exit(5)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    end_with_us(child)
+    assert child.returncode == (7 if passed_on else 5)
+
+
 def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "status.json").write_text('{"state": "finished"}')
     monkeypatch.setattr(subprocess, "Popen", None)  # any start would fail
@@ -60,7 +77,7 @@ def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_failing_fit_stops_the_quickstart(tmp_path):
-    with pytest.raises(SystemExit, match="The same line again goes on"):
+    with pytest.raises(SystemExit, match="the same line again goes on"):
         fit([tmp_path / "no.yaml"], tmp_path / "run", [])
 
 
