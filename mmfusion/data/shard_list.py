@@ -79,7 +79,5 @@ def _only_tars(pattern: str, found: list[str]) -> list[str]:
         raise ShardError(f"{pattern!r} holds no .tar file ({len(found)} other files)")
     odd = [path for path in tars if os.path.exists(path) and not os.path.isfile(path)]
     if odd:
-        raise ShardError(
-            f"{odd[0]} is no regular file (but a folder, a pipe, ...); expected a tar"
-        )
+        raise ShardError(f"{odd[0]} is no regular file (but a folder, a pipe, ...); expected a tar")
     return tars
