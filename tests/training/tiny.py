@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.projectors.base import Projector
 from mmfusion.objectives.base import Loss
 from mmfusion.objectives.next_token import NextToken
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.run import RunDirectory
 from mmfusion.types import Batch, Media, Message, ModelOutput, Sample, Text
 from tests.models.tiny import save_llm
@@ -57,6 +59,22 @@ class Recorder(L.Callback):
         }
         with (self.folder / f"rank{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class UntilAskedToStop(L.Callback):
+    """Holds the end of a step until a signal has come, so that a slow machine does not finish the
+    run before; a run that goes on from there is not held.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
+        deadline = time.monotonic() + 60
+        while trainer.global_step == self.step and not keeper._signal:
+            assert time.monotonic() < deadline, "no signal has come"
+            time.sleep(0.001)
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -151,7 +152,7 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
         except SystemExit:
             end_with_us(child)
             raise
-    if interrupted and code == 130:
+    if interrupted and code in (0, 130, -signal.SIGINT):  # finished, saved, still importing
         print("\nInterrupted. The same line again goes on.", file=sys.stderr)
         raise SystemExit(130)
     if code:

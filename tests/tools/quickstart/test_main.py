@@ -1,12 +1,27 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from mmfusion.tools.quickstart import main
-from mmfusion.tools.quickstart.main import Steps, end_with_us, find_recipes, finished, fit
+from mmfusion.tools.quickstart.main import (
+    Steps,
+    end_with_us,
+    find_recipes,
+    finished,
+    fit,
+    read_json,
+)
+from mmfusion.training.run import RunDirectory
+from tests.training.tiny import losses, write_recipe
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_recipes_are_found_and_are_those_of_the_stages():
@@ -75,6 +90,67 @@ def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
     fit([tmp_path / "no.yaml"], tmp_path, [])
 
 
+STAGE = """
+import sys
+from pathlib import Path
+from mmfusion.tools.quickstart.main import Steps, fit
+recipe, run = map(Path, sys.argv[1:])
+with Steps(run / "quickstart.json", count=1).next("A stage"):
+    fit([recipe], run, ["--data.num_workers=1"])
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_stage_saves_and_the_same_line_goes_on(tmp_path):
+    held = {"class_path": "tests.training.tiny.UntilAskedToStop", "init_args": {"step": 6}}
+    recipe = write_recipe(tmp_path, checkpoint__every_n_steps=100, trainer__callbacks=[held])
+    run = RunDirectory(tmp_path / "run")
+    line = [sys.executable, "-c", STAGE, str(recipe), str(run.path)]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    metrics = run.path / "metrics.csv"
+    # A group of its own, as a terminal's: Ctrl-C goes to all of it.
+    with subprocess.Popen(line, start_new_session=True, **told) as first:
+        while first.poll() is None and not (metrics.exists() and losses(run).get(4)):
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGINT)
+        said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, said
+    assert "Interrupted. The same line again goes on." in said
+    assert "Traceback" not in said
+    assert read_json(run.path / "status.json")["state"] == "interrupted"
+    done = max(losses(run)) + 1
+    assert 5 <= done < 12
+    spent = read_json(run.path / "quickstart.json")["A stage"]
+
+    again = subprocess.run(line, **told)
+    assert again.returncode == 0, again.stdout
+    assert min(losses(run, attempt=2)) == done > 0
+    assert set(losses(run)) == set(range(12))
+    assert finished(run.path)
+    assert read_json(run.path / "quickstart.json")["A stage"] > spent
+
+
+@pytest.mark.parametrize("code", [0, 130, -signal.SIGINT])
+def test_ctrl_c_stops_the_quickstart_whatever_fit_was_doing(tmp_path, monkeypatch, code):
+    """It may have finished meanwhile, or not have begun to listen."""
+    ends = iter([KeyboardInterrupt, code])
+
+    class Fit:
+        def __init__(self, *args, **options):
+            pass
+
+        def wait(self):
+            end = next(ends)
+            if end is KeyboardInterrupt:
+                raise end
+            return end
+
+    monkeypatch.setattr(subprocess, "Popen", Fit)
+    with pytest.raises(SystemExit) as stop:
+        fit([tmp_path / "no.yaml"], tmp_path, [])
+    assert stop.value.code == 130
+
+
 @pytest.mark.slow
 def test_failing_fit_stops_the_quickstart(tmp_path):
     with pytest.raises(SystemExit, match="the same line again goes on"):
@@ -85,7 +161,7 @@ def test_failing_fit_stops_the_quickstart(tmp_path):
 @pytest.mark.timeout(1800)  # 435 MB may have to be fetched first
 def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     """The real thing, downloads included where the cache (MMFUSION_CACHE) lacks them."""
-    line = [sys.executable, "-m", "mmfusion", "quickstart", "--small"]
+    line = [sys.executable, "-m", "mmfusion", "quickstart", "--small", "--with-baselines"]
     run = tmp_path / "run"
     for _ in range(2):  # the second time everything is done already
         done = subprocess.run([*line, "--run_dir", str(run)], capture_output=True, text=True)
@@ -95,5 +171,12 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     assert set(figures["captions"]) == {"pictures", "speech", "motions"}
     assert figures["shapes"]["questions"] > 0
     assert figures["memory_gib"] < 8
+    assert set(figures["training"]) == {"stage 1", "stage 3", "no media"}
+    assert figures["training"]["no media"]["steps"] == figures["training"]["stage 1"]["steps"] == 30
+    for found in figures["captions"].values():
+        gain = found["loss"]["no-media run"]["value"] - found["loss"]["right"]["value"]
+        assert found["gain"]["over no-media run"]["value"] == pytest.approx(gain)
     page = (run / "report.html").read_text()
     assert page.count("<b>Truth</b>") > 10
+    assert page.count(": loss, no-media run<") == page.count(": gain over no-media run<") == 3
+    assert "It was not trained here" not in page
