@@ -27,7 +27,6 @@ from mmfusion.models.generation import generate
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
 
-Content = str | Sequence[str | Text | Media | Mapping[str, Any]]
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 
 

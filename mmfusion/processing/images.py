@@ -147,13 +147,6 @@ def pad_to_square(image: Tensor, fill: Sequence[int] = (255, 255, 255)) -> Tenso
     return square
 
 
-def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., 3, H, W) uint8 to float32: scaled to [0, 1], then (x - mean) / std a channel."""
-    mean_C11 = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-    std_C11 = torch.tensor(std, dtype=torch.float32)[:, None, None]
-    return (image.float() / 255 - mean_C11) / std_C11
-
-
 def _open(data: bytes, format: str, max_pixels: int) -> Image.Image:
     """Read the header only."""
     Image.init()

@@ -14,7 +14,6 @@ from mmfusion.processing.images import (
     center_crop,
     decode_image,
     image_size,
-    normalize,
     pad_to_square,
     resize,
 )
@@ -237,11 +236,3 @@ def test_crop_and_pad_are_centred() -> None:
     assert square[:, 0, 0].tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="resize"):
         center_crop(image, 11)
-
-
-def test_normalize_follows_the_formula() -> None:
-    image = as_tensor(picture())
-    mean, std = (0.48, 0.45, 0.41), (0.27, 0.26, 0.28)
-    expected = (np.array(picture(), np.float64) / 255 - mean) / std
-    actual = normalize(image, mean, std).permute(1, 2, 0)
-    assert torch.allclose(actual.double(), torch.from_numpy(expected), atol=1e-5)
