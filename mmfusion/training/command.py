@@ -186,7 +186,7 @@ class RecipeCommand(LightningCLI):
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
             found = [StreamStateCallback(), Audit(), Monitor(), progress, config.checkpoint]
-        if self.name in ("fit", "validate"):
+        if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
         return found
 

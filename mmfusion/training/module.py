@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from itertools import chain, zip_longest
@@ -19,6 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 from mmfusion import tuning as tune
 from mmfusion.models.any_to_any import AnyToAnyModel
@@ -88,6 +90,11 @@ class MultimodalModule(L.LightningModule):
             raise ValueError("model.objectives is empty: name at least one loss.")
         self.model = AnyToAnyModel(encoders, input_projectors, llm)
         self.objectives = nn.ModuleDict(objectives)
+        # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)
+        means = {name: MeanMetric(nan_strategy=math.nan) for name in objectives}
+        self.means = nn.ModuleDict(means)
+        """Over the supervised tokens of an evaluation, on all ranks."""
+        self.mean = cast(Metric, sum(self._weight(name) * means[name] for name in means))
         self.tuning = tuning
         self.make_optimizer = optimizer
         self.schedule = schedule
@@ -299,19 +306,12 @@ class MultimodalModule(L.LightningModule):
 
     def _evaluate(self, batch: Batch, prefix: str) -> dict[str, Loss]:
         losses = self._losses(self.model(batch), batch)
-        total = torch.zeros((), device=self.device)
         for name, loss in losses.items():
-            count = int(loss.count)
-            mean = loss.total.detach().float() / max(count, 1)
-            total = total + self._weight(name) * mean
-            self._log_mean(f"{prefix}/{name}", mean, count)
-        self._log_mean(f"{prefix}/loss", total, max(int(loss.count) for loss in losses.values()))
+            mean = cast(MeanMetric, self.means[name])
+            mean.update(loss.total.detach().float() / loss.count.clamp(min=1), loss.count)
+            self.log(f"{prefix}/{name}", mean, add_dataloader_idx=False)
+        self.log(f"{prefix}/loss", self.mean, add_dataloader_idx=False)
         return losses
-
-    def _log_mean(self, name: str, mean: Tensor, count: int) -> None:
-        self.log(
-            name, mean, batch_size=count, on_epoch=True, sync_dist=True, add_dataloader_idx=False
-        )
 
     # ---- optimizer and checkpoints
 

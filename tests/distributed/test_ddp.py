@@ -1,5 +1,6 @@
 """Two processes over gloo train as one."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.run import RunDirectory
 from tests.training import jobs
-from tests.training.tiny import losses, recorded, steps, write_recipe
+from tests.training.tiny import losses, recorded, steps, write_recipe, write_shards
 
+CONVERTER = {"class_path": "tests.training.tiny.TinyConverter"}
 DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
 
@@ -88,6 +90,37 @@ def test_both_world_sizes_end_with_the_same_weights(home, alone, together):
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name, tensor in a["state_dict"].items():
         torch.testing.assert_close(tensor, b["state_dict"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_both_world_sizes_report_the_same_validation(home):
+    """Of 13 samples one rank has more; their tokens are an odd number."""
+    write_shards(home, "odd", 13, seed=7)
+    source = {"shards": f"{home}/odd-*.tar", "converter": CONVERTER}
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=2,
+        val_every_n_steps=1,
+        validation={"generate_samples": 5, "max_new_tokens": 2},
+        data__val_sources={"odd": source},
+    )
+    one(home, recipe, "val-one")
+    two(home, recipe, "val-two")
+    alone, together = (validations(home / name) for name in ("val-one", "val-two"))
+    assert len(alone) == 2
+    for a, b in zip(alone, together, strict=True):
+        assert {"val/loss", "val/next_token", "val/next_token/odd", "val/exact_match/odd"} <= {*a}
+        assert "val/shuffled_gap/image" in a
+        assert b == pytest.approx(a, abs=1e-5)
+        assert a["val/loss"] == pytest.approx(a["val/next_token"], abs=1e-7)
+
+
+def validations(run):
+    """``val/...`` of every row that has any."""
+    rows = [
+        {key: float(value) for key, value in row.items() if value and key.startswith("val/")}
+        for row in csv.DictReader((run / "metrics.csv").open())
+    ]
+    return [row for row in rows if row]
 
 
 @pytest.mark.parametrize(

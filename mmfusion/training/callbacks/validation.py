@@ -1,4 +1,4 @@
-"""What a validation says beyond ``val/loss``, which the module logs itself.
+"""What a validation or a test says beyond ``val/loss``, which the module logs itself.
 
 - ``val/<objective>/<source>``: loss per supervised token of each source;
 - ``val/shuffled_gap/<modality>``: how much worse the first objective is, per token, where every
@@ -8,7 +8,8 @@
   greedy answers to some samples of each source of conversations;
 - a W&B table ``val/samples`` of media, prompt, answer and truth.
 
-Sums are over all ranks. The samples asked about depend on the source alone, not on ranks or steps.
+In a test the names begin with ``test/``. Sums are over all ranks. The samples asked about depend on
+the source alone, not on ranks or steps.
 """
 
 from __future__ import annotations
@@ -118,15 +119,20 @@ class Validation(L.Callback):
         """Log the figures, answer samples, put back the generator."""
         if trainer.sanity_checking:
             return
-        figures = self._figures()
+        figures = self._figures(_stage(trainer))
         figures |= self._answers(trainer, _module(pl_module))
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
         if self._rng is not None:
             torch.set_rng_state(self._rng)
 
-    def _figures(self) -> dict[str, float]:
+    # A test is a validation under another name.
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _figures(self, stage: str) -> dict[str, float]:
         figures = {
-            f"val/{name}/{source}": value
+            f"{stage}/{name}/{source}": value
             for name, metric in self._losses.items()
             if metric.update_called
             for source, value in metric.compute().items()
@@ -137,7 +143,7 @@ class Validation(L.Callback):
                 continue
             right = self._right[modality].compute()
             for source, wrong in metric.compute().items():
-                key = f"val/shuffled_gap/{modality}/{source}".rstrip("/")
+                key = f"{stage}/shuffled_gap/{modality}/{source}".rstrip("/")
                 figures[key] = wrong - right[source]
         return figures
 
@@ -161,10 +167,10 @@ class Validation(L.Callback):
                         rows.append(Answered(name, media, question.text, answer, question.truth))
             if chat and self.generate_samples and (chosen or trainer.world_size > 1):
                 scores = metric.compute()
-                figures[f"val/exact_match/{name}"] = float(scores["exact_match"])
-                figures[f"val/f1/{name}"] = float(scores["f1"])
+                figures[f"{_stage(trainer)}/exact_match/{name}"] = float(scores["exact_match"])
+                figures[f"{_stage(trainer)}/f1/{name}"] = float(scores["f1"])
         if trainer.is_global_zero and rows:
-            log_table(trainer, "val/samples", rows, list(module.model.encoders))
+            log_table(trainer, f"{_stage(trainer)}/samples", rows, list(module.model.encoders))
         return figures
 
     def _questions(
@@ -197,6 +203,10 @@ class Validation(L.Callback):
 
 def _module(module: L.LightningModule) -> MultimodalModule:
     return cast(MultimodalModule, module)
+
+
+def _stage(trainer: L.Trainer) -> str:
+    return "test" if trainer.testing else "val"
 
 
 def _data(trainer: L.Trainer) -> MultimodalData:

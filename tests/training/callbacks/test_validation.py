@@ -137,6 +137,44 @@ def test_exact_match_counts_the_answers_the_model_gives(
         assert figures["val/f1/own"] >= 75.0
 
 
+def test_a_test_gives_the_figures_of_a_validation(tmp_path: Path) -> None:
+    source = {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}
+    recipe = write_recipe(tmp_path, data__val_sources={"asked": source})
+    figures = []
+    for stage in ("validate", "test"):
+        module, data = from_recipe(str(recipe))
+        callback = Validation(generate_samples=2, table_samples=0, max_new_tokens=2)
+        trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
+        figures += getattr(trainer, stage)(module, data, verbose=False)
+    validated, tested = figures
+    assert len(validated) >= 6
+    assert tested == {key.replace("val/", "test/"): value for key, value in validated.items()}
+
+
+def test_a_loss_that_is_not_a_number_is_reported_as_such(tmp_path: Path) -> None:
+    source = {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}
+    objective = {"class_path": "tests.training.tiny.NotANumber", "init_args": {"from_step": 0}}
+    recipe = write_recipe(
+        tmp_path, data__val_sources={"asked": source}, model__objectives={"next_token": objective}
+    )
+    callback = Validation(shuffled_gap=False, generate_samples=0, table_samples=0)
+    figures = validate(recipe, callback)[0]
+    assert figures["val/loss"] != figures["val/loss"]
+
+
+def test_losses_are_summed_by_their_weights(tmp_path: Path) -> None:
+    source = {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}
+    objective = {"class_path": "mmfusion.objectives.next_token.NextToken"}
+    objectives = {"one": objective, "two": objective | {"init_args": {"weight": 0.5}}}
+    recipe = write_recipe(
+        tmp_path, data__val_sources={"asked": source}, model__objectives=objectives
+    )
+    callback = Validation(shuffled_gap=False, generate_samples=0, table_samples=0)
+    figures = validate(recipe, callback)[0]
+    assert figures["val/one"] == figures["val/two"]
+    assert figures["val/loss"] == pytest.approx(1.5 * figures["val/one"])
+
+
 def test_validation_leaves_training_as_it_is(tmp_path: Path) -> None:
     val = {"asked": {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}}
     changes = {"trainer__max_steps": 6, "data__val_sources": val}
