@@ -32,6 +32,11 @@ ADAM_BYTES = 8
 LAYER_ACTIVATIONS = 17
 """Numbers that a transformer layer keeps for its backward pass, in units of tokens x hidden
 (arXiv:2205.05198, eq. 1: 34 bytes at 2 bytes each, without the attention matrix)."""
+LEFT_OUT = (
+    "Not counted: the interpreter and its libraries, kernels' caches and workspaces, the loss's "
+    "chunk of logits, activations of encoders and projectors, and loader processes."
+)
+"""What comes on top of the table of memory."""
 _MEDIA_PARTS = ("encoders", "input_projectors")
 
 
@@ -98,6 +103,7 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
     console.print(_parts_table(found.parts))
     console.print(_media_table(found.media))
     console.print(_memory_table(found))
+    console.print(LEFT_OUT, soft_wrap=True)
     if found.audit:
         console.print(f"[bold red]fit will refuse this recipe:[/] {found.audit}", soft_wrap=True)
 

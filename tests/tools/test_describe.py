@@ -71,6 +71,9 @@ def test_the_command_prints_tables(
     shown = capsys.readouterr().out
     for word in ("input_projectors.image", "TinyEncoder", "LoRA 0.01", "4 x 32", "activations"):
         assert word in shown
+    (left_out,) = (line for line in shown.splitlines() if line.startswith("Not counted:"))
+    for word in ("libraries", "kernels' caches", "loader processes", "activations of encoders"):
+        assert word in left_out
 
 
 def test_a_recipe_that_the_audit_refuses_says_so(
