@@ -7,6 +7,8 @@ safetensors. Legend: N items, T frames, S features of a picture, D = 1280.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.paths import expand
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import decode_image, pad_to_square, resize
-from mmfusion.processing.videos import decode_video
+from mmfusion.processing.videos import count_frames, decode_video
 from mmfusion.types import Media, MediaTensors
 
 Variant = Literal[
@@ -128,12 +131,14 @@ class EfficientNetLiteVideo(EfficientNetLite):
 
     Args:
         path: folder with ``model.safetensors``, the state dict of efficientnet_lite_pytorch.
-        frames: frames taken, evenly over the clip.
+        frames: frames taken, evenly over the clip; with ``fps``, the most that are taken.
         grid: average a frame's map to grid x grid cells (0: keep its 7 x 7).
         global_token: add the mean of a frame's map as its last feature.
         time_steps: average the frames to this many steps (0: keep every frame).
         variant: which of the five sizes.
         image_size: side of the square that a frame is scaled to (0: the variant's own).
+        fps: take the frame shown at each 1/fps seconds, so that longer clips get more features;
+            evenly spread ones where there would be more than ``frames``.
     """
 
     def __init__(
@@ -145,28 +150,49 @@ class EfficientNetLiteVideo(EfficientNetLite):
         time_steps: int = 0,
         variant: Variant = "efficientnet-lite0",
         image_size: int = 0,
+        fps: float | None = None,
     ) -> None:
         super().__init__(path, grid, global_token, variant, image_size)
+        if fps is not None and (not 0 < fps < math.inf or time_steps):
+            raise ValueError(
+                f"fps is {fps} and time_steps {time_steps}; expected fps above 0, without "
+                "time_steps, because clips then differ in length."
+            )
         if frames < 1 or not 0 <= time_steps <= frames:
             raise ValueError(
                 f"frames is {frames} and time_steps {time_steps}; expected frames of 1 or more "
                 "and time_steps of 0 to frames."
             )
         self.frames = frames
+        self.fps = fps
         self.time_steps = time_steps or frames
 
     def media_processor(self) -> MediaProcessor:
+        if self.fps is not None:
+            return FpsVideoProcessor(
+                self.image_size, self.features_per_picture, self.frames, self.fps
+            )
         num_features = self.time_steps * self.features_per_picture
         return VideoProcessor(self.image_size, num_features, self.frames)
 
     def forward(self, tensors: MediaTensors) -> Tensor:
         pixels = tensors["pixels"]
+        if self.fps is not None:
+            counts = tensors["num_features"] // self.features_per_picture
+            return self._encode_first(pixels, counts).flatten(1, 2)
         cells = self.encode_pictures(pixels.flatten(0, 1))
         cells = cells.unflatten(0, pixels.shape[:2])  # (N, T, S, D)
         if self.time_steps != self.frames:
             steps = F.adaptive_avg_pool1d(cells.flatten(2).transpose(1, 2), self.time_steps)
             cells = steps.transpose(1, 2).unflatten(2, cells.shape[2:])
         return cells.flatten(1, 2)
+
+    def _encode_first(self, pixels: Tensor, counts: Tensor) -> Tensor:
+        """(N, T, S, D) of the first ``counts`` (N,) frames of each clip; zeros after them."""
+        shown = torch.arange(pixels.shape[1], device=pixels.device) < counts[:, None]
+        cells = self.encode_pictures(pixels[shown])
+        padded = cells.new_zeros(*shown.shape, *cells.shape[1:])
+        return padded.masked_scatter(shown[..., None, None], cells)
 
 
 class ImageProcessor(MediaProcessor):
@@ -205,6 +231,41 @@ class VideoProcessor(ImageProcessor):
 
     def idle(self) -> MediaTensors:
         return {"pixels": super().idle()["pixels"].expand(self.frames, -1, -1, -1)}
+
+
+class FpsVideoProcessor(ImageProcessor):
+    """Frames at a fixed rate, each as :class:`ImageProcessor` does it; at most ``frames``."""
+
+    modality = "video"
+
+    def __init__(self, size: int, features_per_frame: int, frames: int, fps: float) -> None:
+        super().__init__(size, features_per_frame)
+        self.frames = frames
+        self.fps = fps
+
+    def num_features(self, media: Media) -> int:
+        return self.features * count_frames(media.data, media.format, **self._chosen(media))
+
+    def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
+        frames = decode_video(media.data, media.format, **self._chosen(media))
+        return self._item(white_square(frames, self.size))
+
+    def _chosen(self, media: Media) -> dict[str, Any]:
+        span = {"start": media.start, "end": media.end}
+        return {"fps": self.fps, "max_frames": self.frames, **span}
+
+    def idle(self) -> MediaTensors:
+        return self._item(super().idle()["pixels"][None])
+
+    def _item(self, pixels: Tensor) -> MediaTensors:
+        return {"pixels": pixels, "num_features": torch.tensor(self.features * len(pixels))}
+
+    def collate(self, items: Sequence[MediaTensors]) -> MediaTensors:
+        """Pad to the longest clip; the encoder passes the padding over."""
+        return {
+            "pixels": pad_sequence([item["pixels"] for item in items], batch_first=True),
+            "num_features": torch.stack([item["num_features"] for item in items]),
+        }
 
 
 def white_square(picture: Tensor, size: int) -> Tensor:

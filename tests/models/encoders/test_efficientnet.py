@@ -11,7 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmfusion.models.encoders.efficientnet import EfficientNetLite, EfficientNetLiteVideo
+from mmfusion.models.encoders.efficientnet import (
+    EfficientNetLite,
+    EfficientNetLiteVideo,
+    white_square,
+)
+from mmfusion.processing.videos import decode_video, video_info
 from mmfusion.types import Media
 
 
@@ -114,6 +119,37 @@ def test_a_real_clip_becomes_its_frames(folder: Path, assets: Path) -> None:
     item = processor(Media("video", file.read_bytes(), "mp4"))
     assert item["pixels"].shape == processor.idle()["pixels"].shape == (3, 3, 224, 224)
     assert item["pixels"].float().std() > 1
+
+
+def test_at_a_fixed_rate_longer_clips_get_more_features(folder: Path, assets: Path) -> None:
+    data = min((assets / "videos").glob("*.mp4")).read_bytes()
+    seconds = video_info(data).seconds
+    clips = [Media("video", data, "mp4", end=end) for end in (seconds, seconds / 2, 0.01)]
+    video = EfficientNetLiteVideo(str(folder), frames=3, grid=2, fps=4 / seconds)
+    built(video)
+    processor = video.media_processor()
+    items = [processor(clip) for clip in clips]
+    counts = [item["num_features"].item() for item in items]
+    assert counts == [3 * 4, 2 * 4, 1 * 4], "at most 3 frames"
+    assert counts == [processor.num_features(clip) for clip in clips]
+    wanted = decode_video(data, "mp4", fps=4 / seconds, end=seconds / 2)
+    assert torch.equal(items[1]["pixels"], white_square(wanted, 224))
+    with torch.no_grad():
+        together = video(processor.collate(items))
+        alone = [video(processor.collate([item]))[0] for item in items]
+    assert together.shape == (3, 12, 1280)
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+        assert not found[len(expected) :].any()
+    assert video(processor.collate([processor.idle()])).shape == (1, 4, 1280)
+
+
+@pytest.mark.parametrize(
+    "options", [{"fps": 0.0}, {"fps": float("inf")}, {"fps": 2.0, "time_steps": 2}]
+)
+def test_a_rate_that_cannot_be_meant_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="fps is"):
+        EfficientNetLiteVideo("", **options)
 
 
 def test_batch_statistics_stay_where_they_are_in_a_trained_encoder(folder: Path) -> None:
