@@ -57,6 +57,26 @@ MAKERS = {
 """What stands in for the weights of each class. A recipe with a new class needs a line here."""
 
 
+def encoders(folder: Path) -> dict[str, Any]:
+    """The ``model.encoders`` of a recipe: those of the quickstart, small, at random weights."""
+    net, whisper = folder / "efficientnet", folder / "whisper"
+    here = "mmfusion.models.encoders"
+    small = {"path": str(net), "grid": 1, "image_size": 64}
+    made = {
+        "image": {"class_path": f"{here}.efficientnet.EfficientNetLite", "init_args": small},
+        "video": {
+            "class_path": f"{here}.efficientnet.EfficientNetLiteVideo",
+            "init_args": {**small, "frames": 2},
+        },
+        "audio": {
+            "class_path": f"{here}.whisper.WhisperEncoder",
+            "init_args": {"path": str(whisper), "pool": 20, "silence_seconds": 0.0},
+        },
+    }
+    fill({"model": {"encoders": made}})
+    return made
+
+
 def fill(recipe: Mapping[str, Any], samples: int = 6) -> None:
     """Make the parts and the shards that a recipe names and that are not there yet."""
     for part in _with_key(recipe.get("model", {}), "class_path"):
