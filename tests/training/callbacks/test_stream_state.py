@@ -56,11 +56,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {"a": write_source(root / "a", 60, bad=bad), "b": write_source(root / "b", 9, seed=1)}
 
 
-def fit(data, folder, max_steps=-1, resume=None, module=None, save_every=None, **arguments):
+def fit(
+    data, folder, max_steps=-1, resume=None, module=None, save_every=None, more=(), **arguments
+):
     """Train; returns the module, the trainer and the state callback."""
     data.processor = None
     callback = StreamStateCallback()
-    callbacks = [callback]
+    callbacks = [callback, *more]
     if save_every:
         callbacks.append(
             ModelCheckpoint(folder, "{step}", every_n_train_steps=save_every, save_top_k=-1)
@@ -102,6 +104,32 @@ def test_checkpoints_saved_in_training_hold_completed_steps_only(folders, tmp_pa
         loaded = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         saved = StreamState.from_json(loaded["callbacks"]["mmfusion.stream"])
         assert (saved.step, saved.packs) == (step, 4 * step)
+    assert data.state.step == 6
+
+
+class SaveInsideAStep(L.Callback):
+    """Saves in step 2 after (or before) its second micro-batch of four."""
+
+    def __init__(self, path, hook):
+        self.path = path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *args):
+        if trainer.global_step == 2 and args[-1] % 4 == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_batch_start"])
+def test_a_step_that_a_checkpoint_cut_is_taken_again_from_its_start(folders, tmp_path, hook):
+    whole, trainer, _ = fit(make_data(folders), tmp_path, 6)
+    assert trainer.accumulate_grad_batches == 4
+    saving = SaveInsideAStep(tmp_path / "cut.ckpt", hook)
+    fit(make_data(folders), tmp_path, 3, more=[saving])
+    assert torch.load(tmp_path / "cut.ckpt", weights_only=True)["global_step"] == 2
+    data = make_data(folders)
+    resumed, _, _ = fit(data, tmp_path, 6, tmp_path / "cut.ckpt")
+    assert resumed.steps == {step: whole.steps[step] for step in range(2, 6)}
+    assert torch.equal(resumed.weight, whole.weight)
     assert data.state.step == 6
 
 
