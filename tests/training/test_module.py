@@ -1,6 +1,7 @@
 """Stages, what a checkpoint keeps, and what is refused, through the command."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,28 @@ def test_an_optimizer_in_another_order_is_refused(home):
     first.on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"input_projectors\..* there, model\.llm.* here"):
         other.on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_run_with_compiled_layers_learns_what_it_learns_without(home, tmp_path):
+    def run(compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        tuning = {**PROJECTORS, **LORA}
+        recipe = write_recipe(
+            home, trainer__max_steps=3, model__tuning=tuning, model__compile=compiled
+        )
+        done = fit(recipe, f"--run_dir={tmp_path}/{compiled}")
+        return done, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    (plain, none), (compiled, graphs) = run(False), run(True)
+    assert none == 0
+    assert graphs >= 1
+    expected = {step: float(loss) for step, loss in losses(plain).items()}
+    assert len(expected) == 3
+    assert {k: float(v) for k, v in losses(compiled).items()} == pytest.approx(expected, rel=1e-4)
+    assert state(compiled).keys() == state(plain).keys()
 
 
 def test_accumulation_that_is_not_the_datas_is_refused(home, capsys, tmp_path):
