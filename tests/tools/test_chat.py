@@ -10,7 +10,8 @@ import pytest
 
 import mmfusion
 from mmfusion.tools.chat import Session
-from mmfusion.types import Media
+from mmfusion.types import Media, Text
+from tests.recipes.tiny_cache import encoders, fill
 from tests.training.tiny import fit, write_recipe
 
 
@@ -66,6 +67,60 @@ def test_answers_are_those_of_generate_with_history_and_media(
     shown = capsys.readouterr().out.splitlines()
     expected = loaded.generate(session.history[:3], max_new_tokens=6)
     assert shown[-1].strip() == expected == session.history[3].content[0].text
+
+
+@pytest.fixture(scope="module")
+def listener(tmp_path_factory: pytest.TempPathFactory) -> mmfusion.inference.Chat:
+    """A run whose model hears and watches."""
+    folder = tmp_path_factory.mktemp("listener")
+    parts = {name: part for name, part in encoders(folder).items() if name != "image"}
+    linear = {"class_path": "mmfusion.models.projectors.linear.Linear"}
+    sources = {
+        "captions": {
+            "shards": str(folder / "captions-*.tar"),
+            "converter": {"class_path": "mmfusion.data.converters.caption.Caption"},
+        }
+    }
+    fill({"model": {"encoders": parts}, "data": {"sources": sources}})
+    recipe = write_recipe(
+        folder,
+        trainer__max_steps=1,
+        model__encoders=parts,
+        model__input_projectors=dict.fromkeys(parts, linear),
+        model__schedule={"warmup_steps": 0},
+        data__sources=sources,
+    )
+    return mmfusion.load(fit(recipe).path, device="cpu")
+
+
+def test_sound_and_video_are_answered(
+    listener: mmfusion.inference.Chat, assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, video = assets / "speech" / "apple.ogg", assets / "videos" / "apple.mp4"
+    session = Session(listener, {"max_new_tokens": 6})
+    for line in (f"/audio {video.with_suffix('.ogg')}", f"/audio {sound}", f"/video {video}"):
+        session.handle(line)
+    session.handle(f"/video {sound}")
+    session.handle("w1")
+    heard, watched = (
+        Media("audio", sound.read_bytes(), "ogg"),
+        Media("video", video.read_bytes(), "mp4"),
+    )
+    assert session.history[0].content == (heard, watched, Text("w1"))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("error: no audio file")
+    assert shown[1:3] == [
+        "(audio apple.ogg goes with your next message)",
+        "(video apple.mp4 goes with your next message)",
+    ]
+    assert "cannot be used as video" in shown[3]
+    answer = listener.generate(session.history[:1], max_new_tokens=6)
+    assert shown[-1].strip() == answer == session.history[1].content[0].text
+    assert answer
+    session.handle("w2")  # both are in the history of the next turn
+    planned = listener.processor.prompt(session.history[:3]).planned
+    assert [slots.modality for slots in planned.media] == ["audio", "video"]
+    assert len(session.history) == 4
 
 
 def test_errors_do_not_end_the_session(
