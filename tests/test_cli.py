@@ -1,6 +1,8 @@
 """The command line: what it says about mistakes, and what it does not import."""
 
+import inspect
 import math
+import re
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from mmfusion.cli import TOOLS, from_recipe, load_module, main, usage
+from mmfusion.data.datamodule import MultimodalData
+from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.training.command import RecipeCommand
 from tests.training.tiny import write_recipe
 
@@ -38,6 +42,26 @@ def test_help_lists_every_command_without_importing_torch():
     for name in ("fit", "validate", "test", "predict", *TOOLS):
         assert f"  {name}" in done.stdout
     assert done.stdout.strip() == usage()
+
+
+@pytest.mark.parametrize(
+    ("args", "part", "argument"),
+    [
+        (["--help"], MultimodalData, "max_bad_fraction"),
+        (["--model.llm.help=mmfusion.models.llms.hf_causal_lm.HFCausalLM"], HFCausalLM, "dtype"),
+    ],
+)
+def test_help_is_the_docstrings_of_the_parts(args, part, argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *args])
+    assert stop.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())  # lines are wrapped anew
+    documented = inspect.getdoc(part)
+    first = documented.partition(".\n")[0]
+    (described,) = re.findall(rf"^    {argument}: (.+(?:\n {{8}}.+)*)$", documented, re.M)
+    for sentence in (first, described):
+        assert len(sentence.split()) > 4
+        assert "".join(sentence.split()) in shown
 
 
 @pytest.mark.parametrize(
