@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.run import RunDirectory
 from tests.training import jobs
-from tests.training.tiny import losses, recorded, steps, write_recipe, write_shards
+from tests.training.tiny import Recorder, losses, recorded, steps, write_recipe, write_shards
 
 CONVERTER = {"class_path": "tests.training.tiny.TinyConverter"}
 DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
@@ -123,13 +124,36 @@ def validations(run):
     return [row for row in rows if row]
 
 
+def wait_in_step_6():
+    begin = Recorder.on_train_batch_start
+
+    def held(self, trainer, *rest):
+        begin(self, trainer, *rest)
+        time.sleep(600 if trainer.global_step == 6 else 0)
+
+    Recorder.on_train_batch_start = held
+
+
+def kill_in_step_6(home, recipe, name, world):
+    args = arguments(home, recipe, name, *(DDP if world == 2 else ()))
+    ranks = jobs.start_ranks(args, home / f"{name}.log", world, prepare=wait_in_step_6)
+    files = [home / f"{name}-packs" / f"rank{rank}.jsonl" for rank in range(world)]
+    while all(process.is_alive() for process in ranks):
+        if all(path.exists() and '"step": 6' in path.read_text() for path in files):
+            break
+        time.sleep(0.05)
+    assert all(process.is_alive() for process in ranks)
+    for process in ranks:
+        jobs.kill(process)
+
+
 @pytest.mark.parametrize(
     ("first", "then"), [pytest.param(one, two, marks=pytest.mark.slow), (two, one)]
 )
 def test_a_run_goes_on_with_another_number_of_processes(home, recipe, alone, first, then):
     name = f"{first.__name__}-then-{then.__name__}"
-    first(home, recipe, name)
-    (home / name / "checkpoints" / "step-00000008.ckpt").unlink()
+    kill_in_step_6(home, recipe, name, world={one: 1, two: 2}[first])
+    assert [p.name for p in by_step(home / name / "checkpoints")] == ["step-00000004.ckpt"]
     packs = home / f"{name}-packs"
     for path in packs.iterdir():
         path.unlink()

@@ -42,10 +42,24 @@ def run_ranks(
     """Run as ``torchrun --nproc-per-node=WORLD`` does; the exit codes. ``last_rank`` are arguments
     of the last rank alone.
     """
+    ranks = start_ranks(args, log, world, last_rank)
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def start_ranks(
+    args: Sequence[str],
+    log: Path,
+    world: int,
+    last_rank: Sequence[str] = (),
+    prepare: Callable[[], None] | None = None,
+) -> list[BaseProcess]:
+    """Start them only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
+    return [
         start(
             [*args, *last_rank] if rank == world - 1 else args,
             log.with_suffix(f".{rank}"),
@@ -62,12 +76,10 @@ def run_ranks(
                 "MMFUSION_RESUME_FROM": "1:",
                 "MMFUSION_INIT_FROM": "1:",
             },
+            prepare,
         )
         for rank in range(world)
     ]
-    for process in ranks:
-        process.join()
-    return [process.exitcode for process in ranks]
 
 
 def kill(process: BaseProcess) -> None:
