@@ -26,7 +26,7 @@ TWO_STEPS = [
     "--trainer.max_steps=2",
     "--trainer.enable_progress_bar=false",
     "--model.schedule.warmup_steps=1",
-    "--model.compile=false",  # tests/training/test_module.py compiles; here it would only take its time
+    "--model.compile=false",  # tests/training/test_module.py compiles; here it is too slow
     "--val_every_n_steps=2",
     "--wandb=off",
 ]
