@@ -33,8 +33,6 @@ class AnyToAnyModel(nn.Module):
         encoders: one for each modality.
         input_projectors: for each modality, what makes its projector from the two widths.
         llm: the backbone.
-        run_frozen_idle: run frozen encoders on idle rows too, which ZeRO-3 needs (every rank must
-            gather the same weights).
     """
 
     def __init__(
@@ -42,7 +40,6 @@ class AnyToAnyModel(nn.Module):
         encoders: Mapping[str, Encoder],
         input_projectors: Mapping[str, Callable[[int, int], Projector]],
         llm: LLM,
-        run_frozen_idle: bool = False,
     ) -> None:
         super().__init__()
         if set(encoders) != set(input_projectors):
@@ -53,7 +50,6 @@ class AnyToAnyModel(nn.Module):
         self.encoders = nn.ModuleDict(dict(encoders))
         self.input_projectors = nn.ModuleDict()
         self.llm = llm
-        self.run_frozen_idle = run_frozen_idle
         self._factories = dict(input_projectors)
         self._processor: Processor | None = None
 
@@ -117,8 +113,7 @@ class AnyToAnyModel(nn.Module):
         projector = cast(Projector, self.input_projectors[modality])
         trains = any(p.requires_grad for p in encoder.parameters())
         longest = int(media.num_features.max())
-        needed = projector.reads_features and (self.run_frozen_idle or not media.idle)
-        if trains or needed:
+        if trains or (projector.reads_features and not media.idle):
             with nullcontext() if trains else torch.no_grad():
                 features = encoder(tensors)
         else:

@@ -97,12 +97,12 @@ def test_a_batch_without_any_media_has_a_graph_for_every_projector(tmp_path: Pat
     assert all(p.grad is not None for p in model.input_projectors.parameters())
 
 
-def test_frozen_encoders_run_on_idle_rows_only_where_asked(tmp_path: Path) -> None:
+def test_frozen_encoders_do_not_run_on_idle_rows(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, {"image": MLP})
     batch = make_batch(model, [[5, 6, 7]])
     model(batch)
     assert model.encoders["image"].calls == 0
-    model.run_frozen_idle = True
+    model.encoders["image"].requires_grad_(True)
     model(batch)
     assert model.encoders["image"].calls == 1
 
