@@ -51,9 +51,12 @@ def real_weights() -> dict[str, Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip themselves where there is none."""
+    """What takes longest (it has a timeout of its own) begins first, or all else would wait for it
+    at the end. GPU tests skip themselves where there is none.
+    """
     import torch
 
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
