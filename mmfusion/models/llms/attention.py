@@ -161,7 +161,8 @@ def _products(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    # Not -inf: a padding row sees nothing, and the softmax of nothing is NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
     return weights @ value
 

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from mmfusion.models.generation import pad_left
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.tools.quickstart import assets
 from tests.models.tiny import llama_config, save_llm
@@ -142,6 +143,27 @@ def test_generation_with_a_cache_goes_on_as_full_recomputation(tmp_path: Path) -
         hidden = llm(embeds, torch.arange(len(sequence))[None], None)
         sequence.append(int(llm.logits(hidden)[0, -1].argmax()))
     assert found == sequence[3:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prompts_padded_on_the_left_are_answered_as_alone(tmp_path: Path, family: str) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, FAMILIES[family]))
+    llm.build()
+    llm.eval()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, 40, (length,)) for length in (3, 9, 6)]
+    rows = [llm.embed(prompt[None])[0] for prompt in prompts]
+    embeds, mask = pad_left(torch.cat(rows)[None], torch.tensor([0, 3, 12, 18]))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    found = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    for row, prompt in enumerate(prompts):
+        alone = reference.generate(inputs_embeds=llm.embed(prompt[None]), **options)
+        assert found.sequences[row].tolist() == alone.sequences[0].tolist()
+        for step, logits in zip(found.logits, alone.logits, strict=True):
+            torch.testing.assert_close(step[row], logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_ids_beyond_the_table_are_embedded_as_anything(tmp_path: Path) -> None:
