@@ -19,6 +19,7 @@ from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -353,17 +354,101 @@ def _check_new_tokens(model: AnyToAnyModel, loaded: Collection[str]) -> None:
     """New tokens must train or come from ``init_from``; else they stay the mean row for good."""
     if not (ids := _new_token_ids(model.llm)):
         return
-    rows = {
-        f"llm.{prefix}.{name}": parameter
-        for prefix, module in model.llm.named_modules()
-        if isinstance(module, (nn.Embedding, TrainableTokensLayer))
-        for name, parameter in module.named_parameters()
-        if "delta" in name or (isinstance(module, nn.Embedding) and len(parameter) > max(ids))
-    }
-    if not any(parameter.requires_grad or name in loaded for name, parameter in rows.items()):
+    lost = [
+        name
+        for name, parameter in _token_tables(model).items()
+        if not parameter.requires_grad and name not in loaded
+    ]
+    if lost:
         raise TuningError(
-            f"the LLM has {len(ids)} new tokens, but their rows neither train nor were loaded from "
-            "init_from; add mmfusion.tuning.NewTokens to tuning.llm, or drop new_tokens."
+            f"the LLM has {len(ids)} new tokens, but their rows ({lost}) neither train nor were "
+            "loaded from init_from; add mmfusion.tuning.NewTokens to tuning.llm, or drop "
+            "new_tokens."
+        )
+
+
+def _token_tables(model: AnyToAnyModel) -> Named:
+    """Where the rows of new tokens are, in embeddings and output head: PEFT's rows, else the whole
+    table. By name in the model.
+    """
+    tables: dict[nn.Parameter, str] = {}
+    pretrained = _pretrained(model.llm)[0]
+    owners = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for owner in owners:
+        rows = list(_parameters_with("trainable_tokens_delta", owner).values())
+        for parameter in rows or [owner.weight]:
+            tables[parameter] = names[parameter]
+    return {name: parameter for parameter, name in tables.items()}
+
+
+def take_rows(model: nn.Module, loaded: Collection[str]) -> set[str]:
+    """Call when an earlier stage was loaded: where it trained whole tables and here PEFT has the
+    rows of new tokens, these are the tables' rows.
+
+    Args:
+        model: after :func:`apply`.
+        loaded: names of what was loaded.
+
+    Returns:
+        Names of the rows that were taken.
+    """
+    taken = set()
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, TrainableTokensLayer):
+            continue
+        table = layer.get_base_layer().weight
+        rows = _parameters_with("trainable_tokens_delta", layer)
+        names = {f"{prefix}.{name}" for name in rows}
+        if f"{prefix}.base_layer.weight" not in loaded or names & set(loaded):
+            continue
+        for adapter, parameter in layer.trainable_tokens_delta.items():
+            parameter.data.copy_(table.data[layer.token_indices[adapter]])
+        taken |= names
+    return taken
+
+
+def meaning(model: AnyToAnyModel) -> dict[str, Any]:
+    """What weights of adapters and of new tokens mean besides their shapes: the scale of every
+    adapter, and which tokens the rows are of.
+    """
+    scales = {
+        name: float(scale)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for scale in module.scaling.values()
+    }
+    return {"scale": scales, "new_tokens": list(getattr(model.llm, "new_tokens", []))}
+
+
+def check_meaning(
+    model: AnyToAnyModel, earlier: Mapping[str, Any], dropped: Collection[str]
+) -> None:
+    """Refuse adapters of another scale and rows of other tokens.
+
+    Args:
+        model: after :func:`apply`.
+        earlier: :func:`meaning` of the model whose weights are taken.
+        dropped: parts whose weights are not.
+    """
+    here = meaning(model)
+    scales = {
+        name: scale
+        for name, scale in dict(earlier.get("scale", {})).items()
+        if not any(name.startswith(f"{part}.") for part in dropped)
+    }
+    other = [name for name, scale in scales.items() if scale != here["scale"].get(name, scale)]
+    if other:
+        raise TuningError(
+            f"{len(other)} adapters were trained with another scale: {other[0]} with "
+            f"{scales[other[0]]:g}, here it has {here['scale'][other[0]]:g}. Give LoRA the alpha, "
+            "r and use_rslora of that run."
+        )
+    tokens = list(earlier.get("new_tokens", []))
+    if tokens and "llm" not in dropped and tokens != here["new_tokens"]:
+        raise TuningError(
+            f"the loaded rows of new tokens are of {tokens}, here new_tokens is "
+            f"{here['new_tokens']}; name the same tokens in the same order."
         )
 
 

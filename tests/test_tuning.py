@@ -199,7 +199,11 @@ def test_new_tokens_must_train_or_be_loaded(tmp_path: Path) -> None:
     groups = tuning.apply(model, FULL)
     with pytest.raises(TuningError, match="neither train nor were loaded"):
         tuning.audit(model, groups)
-    tuning.audit(model, groups, loaded={"llm.model.model.embed_tokens.weight"})
+    tables = {"llm.model.model.embed_tokens.weight", "llm.model.lm_head.weight"}
+    for missing in tables:
+        with pytest.raises(TuningError, match=missing):
+            tuning.audit(model, groups, loaded=tables - {missing})
+    tuning.audit(model, groups, loaded=tables)
 
 
 def test_new_tokens_of_an_earlier_stage_stay_though_frozen(tmp_path: Path) -> None:

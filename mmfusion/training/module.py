@@ -42,6 +42,8 @@ from mmfusion.types import Batch, BatchSample
 
 log = logging.getLogger(__name__)
 
+MEANING = "meaning"
+"""Where a checkpoint keeps what its weights mean besides their shapes."""
 RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer group that the recipe gives, also to a resumed run."""
 
@@ -140,8 +142,11 @@ class MultimodalModule(L.LightningModule):
 
     def _load_earlier(self, init_from: str) -> None:
         path = complete_checkpoint(init_from, "model.init_from")
-        state = self._without_dropped(read_checkpoint(path)["state_dict"], path)
+        checkpoint = read_checkpoint(path)
+        tune.check_meaning(self.model, checkpoint.get(MEANING, {}), self.init_drop)
+        state = self._without_dropped(checkpoint["state_dict"], path)
         self.inherited = load_kept(self, state, str(path))
+        self.inherited |= tune.take_rows(self, self.inherited)
         log.info("%d tensors from %s", len(self.inherited), path)
         if unused := unused_names(self, state):
             raise ValueError(
@@ -333,6 +338,7 @@ class MultimodalModule(L.LightningModule):
         names = trained_names(self) | self.inherited
         checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
         checkpoint["parameter_names"] = self._group_names()
+        checkpoint[MEANING] = tune.meaning(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds this recipe's trained weights, and the optimizer's state
@@ -358,7 +364,9 @@ class MultimodalModule(L.LightningModule):
         self.init_from = None  # what came from there is in the checkpoint
         self.compile_llm = False  # generating grows a cache: every step would be compiled anew
         self.configure_model()
-        state = read_checkpoint(path)["state_dict"]
+        checkpoint = read_checkpoint(path)
+        tune.check_meaning(self.model, checkpoint.get(MEANING, {}), ())
+        state = checkpoint["state_dict"]
         self.check_names(set(state))
         load_kept(self, state, str(path))
 

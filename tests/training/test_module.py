@@ -10,9 +10,11 @@ from mmfusion.cli import from_recipe, load_module, main
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.schedules import WarmupCosine
+from tests.models.tiny import save_llm
 from tests.training.tiny import HERE, fit, losses, write_recipe
 
 PROJECTORS = {"input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}}
+NO_WARMUP = {"warmup_steps": 0}
 LORA = {"llm": {"class_path": "mmfusion.tuning.LoRA", "init_args": {"r": 2, "lr": 1e-2}}}
 
 
@@ -180,6 +182,96 @@ def test_init_from_with_another_projector_is_refused(home, stage1, capsys, tmp_p
     other = {"image": {"class_path": "mmfusion.models.projectors.mlp.MLP"}}
     recipe = write_recipe(home, model__init_from=str(stage1.path), model__input_projectors=other)
     assert "none of the 2 weights" in refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens_trained_with_the_whole_table_are_taken(tmp_path, tied):
+    write_recipe(tmp_path)
+    save_llm(tmp_path / "llm", tie_word_embeddings=tied)
+    llm = llm_with(tmp_path, "<a>", "<b>")
+    recipe = write_recipe(
+        tmp_path,
+        trainer__max_steps=4,
+        model__llm=llm,
+        model__tuning={**PROJECTORS, "llm": policy("Full", lr=1e-1)},
+    )
+    first = fit(recipe)
+    for name, policies in {
+        "trains": [policy("NewTokens", lr=0.0)],
+        "frozen": [policy("NewTokens", lr=0.0, train=False)],
+        "lora": [policy("LoRA", lr=0.0, r=2), policy("NewTokens", lr=0.0)],
+    }.items():
+        second = write_recipe(
+            tmp_path,
+            trainer__max_steps=1,
+            model__schedule=NO_WARMUP,
+            model__llm=llm,
+            model__init_from=str(first.path),
+            model__tuning={"input_projectors": policy("Full", lr=0.0), "llm": policies},
+        )
+        run = fit(second, f"--run_dir={tmp_path}/{name}")
+        torch.testing.assert_close(new_rows(run), new_rows(first))
+    assert len(new_rows(first).unique()) > 4
+
+
+def policy(name, **options):
+    return {"class_path": f"mmfusion.tuning.{name}", "init_args": options}
+
+
+def llm_with(folder, *tokens):
+    options = {"path": str(folder / "llm"), "new_tokens": [*tokens]}
+    return {
+        "class_path": "mmfusion.models.llms.hf_causal_lm.HFCausalLM",
+        "init_args": options,
+    }
+
+
+def new_rows(run):
+    """Of the embeddings and of the head, as the model uses them."""
+    llm = load_module(run.path).model.llm
+    ids = torch.tensor([llm.new_token_ids])
+    with torch.no_grad():
+        head = llm.logits(torch.eye(llm.hidden_dim))[:, ids[0]].T
+        return torch.cat([llm.embed(ids)[0], head])
+
+
+@pytest.mark.parametrize(
+    ("lora", "tokens", "said"),
+    [
+        ({"r": 2}, ["<a>", "<b>"], "adapters were trained with another scale"),
+        ({"r": 2, "alpha": 32.0, "use_rslora": True}, ["<a>", "<b>"], "another scale"),
+        ({"r": 2, "alpha": 32.0}, ["<b>", "<a>"], "same order"),
+        ({"r": 2, "alpha": 32.0}, ["<x>", "<y>"], "same tokens"),
+    ],
+)
+def test_weights_that_would_mean_something_else_are_refused(
+    tmp_path_factory, capsys, lora, tokens, said
+):
+    folder = tmp_path_factory.getbasetemp() / "meaning"
+    before = {"r": 2, "alpha": 32.0}
+
+    def recipe(tokens, lora, **more):
+        policies = [policy("LoRA", lr=1e-2, **lora), policy("NewTokens", lr=1e-2)]
+        return write_recipe(
+            folder,
+            trainer__max_steps=1,
+            model__schedule=NO_WARMUP,
+            model__llm=llm_with(folder, *tokens),
+            model__tuning={**PROJECTORS, "llm": policies},
+            **more,
+        )
+
+    if not (folder / "run").exists():
+        fit(recipe(["<a>", "<b>"], before))
+        capsys.readouterr()
+    start = {"model__init_from": str(folder / "run"), "run_dir": str(folder / "next")}
+    options = ["--resume=none", "--allow_recipe_change"]
+    assert said in refused(capsys, recipe(tokens, lora, **start), *options)
+    fit(recipe(tokens, lora, **start), *options, "--model.init_drop=[llm]")
+    run = recipe(tokens, lora)
+    with pytest.raises(SystemExit):
+        main(["validate", "-c", str(run)])
+    assert said in capsys.readouterr().err
 
 
 AUDIT = [

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, astuple, fields
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
+import torch
 
 from mmfusion import tuning
 from mmfusion.training.loggers import wandb_of
@@ -32,6 +32,7 @@ class Audit(L.Callback):
     def __init__(self, warn_after: int = 100) -> None:
         self.warn_after = warn_after
         self._reached = False
+        self._began = 0
         self._seen: dict[str, bool] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,8 +49,7 @@ class Audit(L.Callback):
             logger.log_hyperparams({"audit": {row.part: asdict(row) for row in table.rows}})
         self._reached = False
         self._seen = dict.fromkeys(_training_modalities(module), False)
-        for modality in self._seen:
-            module.flags[f"seen {modality}"] = partial(self._seen.__getitem__, modality)
+        self._began = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -61,15 +61,18 @@ class Audit(L.Callback):
     ) -> None:
         """Note which modalities came; warn once of those that never did."""
         for modality in self._seen:
-            self._seen[modality] |= not batch.media[modality].idle
-        step_ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if step_ends and trainer.global_step in (self.warn_after, trainer.max_steps):
-            agreed = cast(MultimodalModule, pl_module).agreed
-            if never := [name for name in self._seen if not agreed[f"seen {name}"]]:
+            self._seen[modality] |= not batch.host.media[modality].idle
+        if not self._seen or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        steps = trainer.global_step - self._began
+        if steps == self.warn_after or trainer.global_step == trainer.max_steps:
+            mine = torch.tensor(list(self._seen.values()), dtype=torch.int32)
+            seen = trainer.strategy.reduce(mine.to(pl_module.device), reduce_op="sum")
+            if never := [name for name, n in zip(self._seen, seen.tolist(), strict=True) if not n]:
                 log.warning(
-                    "no sample of the first %d steps held media of %s, though its part trains: it "
-                    "learned nothing; add a source with such media, or freeze the part",
-                    trainer.global_step,
+                    "no sample of the last %d steps held media of %s, though its part trains: it "
+                    "learned nothing in them; add a source with such media, or freeze the part",
+                    steps,
                     ", ".join(never),
                 )
 

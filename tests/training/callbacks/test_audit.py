@@ -1,5 +1,8 @@
 """What the audit says while a run goes on."""
 
+import pytest
+
+from mmfusion.data.writer import ShardWriter
 from tests.training.tiny import fit, write_recipe
 
 ENCODER = "tests.models.tiny.TinyEncoder"
@@ -17,4 +20,23 @@ def test_a_modality_that_trains_without_a_sample_is_named(tmp_path, capsys):
         model__input_projectors={"image": projector, "audio": projector},
     )
     fit(recipe)
-    assert "first 4 steps held media of audio, though" in capsys.readouterr().err
+    assert "last 4 steps held media of audio, though" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_media_that_first_come_in_the_last_step_are_seen(tmp_path, capsys, steps):
+    """A run of one step, and one that goes on for one more."""
+    changes = {"model__schedule": {"warmup_steps": 0}, "data__sources": pictures_only(tmp_path)}
+    recipe = write_recipe(tmp_path, trainer__max_steps=1, **changes)
+    fit(recipe)
+    if steps == 2:
+        fit(recipe, "--trainer.max_steps=2", "--allow_recipe_change")
+    assert "held media" not in capsys.readouterr().err
+
+
+def pictures_only(folder):
+    with ShardWriter(str(folder / "pictures-%06d.tar")) as writer:
+        for i in range(40):
+            writer.write(f"k{i}", {"image": bytes([i, 1]), "txt": b"w1 w2"})
+    converter = {"class_path": "tests.training.tiny.TinyConverter"}
+    return {"pictures": {"shards": str(folder / "pictures-*.tar"), "converter": converter}}
