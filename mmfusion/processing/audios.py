@@ -11,6 +11,7 @@ import io
 import math
 from typing import Any
 
+import av
 import numpy as np
 import soundfile
 import soxr
@@ -207,6 +208,8 @@ def _check_size(frames: int, channels: int) -> None:
 
 def _to_float(frame: Any) -> Array:
     """(frames, channels) float32 in [-1, 1] of a decoded frame."""
+    if frame.format.name.startswith("s64"):  # which NumPy's view of a frame lacks
+        (frame,) = av.AudioResampler(format="dblp").resample(frame)
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, len(frame.layout.channels)).T

@@ -75,7 +75,7 @@ class Processor:
             ValueError: for media the model has no encoder for, or a chat template that cannot be
                 trained on.
         """
-        _check_answers(sample.messages)
+        check_answers(sample.messages)
         self._check_modalities(sample.media)
         if sample.format == "plain":
             ids, trained = self._renderer.plain(sample.messages, sample.eos)
@@ -198,8 +198,12 @@ class Processor:
         return MediaSlots(media.modality, num_features, num_tokens, start)
 
 
-def _check_answers(messages: Sequence[Message]) -> None:
-    """Assistant turns hold text, and text only."""
+def check_answers(messages: Sequence[Message]) -> None:
+    """Assistant turns hold text, and text only.
+
+    Raises:
+        DataError: ``nothing_trained``, ``media_in_answer``, ``empty_text``.
+    """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         raise DataError(

@@ -13,6 +13,7 @@ from mmfusion.data.converters.conversation import Conversation
 from mmfusion.data.converters.members import MODALITY_OF, file_format
 from mmfusion.data.index import MAX_RECORD_BYTES
 from mmfusion.data.writer import ShardWriter
+from mmfusion.processing.processor import check_answers
 from mmfusion.tools.data_list import BadEntry, Entry, read_list
 from mmfusion.types import DataError
 
@@ -69,7 +70,7 @@ def build(
                 raise entry
             files = _files(entry, root, allow_outside)
             _check_files(files)
-            _check_conversation(entry, files)
+            _check_texts(entry, files)
             good.append(number)
         except BadEntry as error:
             bad.append((place, str(error)))
@@ -145,16 +146,15 @@ def _check_files(files: list[tuple[str, str]]) -> None:
         raise BadEntry(f"{sum(sizes)} bytes of media; at most {MAX_RECORD_BYTES} are read")
 
 
-def _check_conversation(entry: Entry, files: list[tuple[str, str]]) -> None:
+def _check_texts(entry: Entry, files: list[tuple[str, str]]) -> None:
     """Read a conversation as training will; its media need not be there for that."""
+    record = dict.fromkeys([name for name, _ in files], b"") | _texts(entry, files)
     if entry.caption is not None:
         return
     try:
-        Conversation()(
-            dict.fromkeys([name for name, _ in files], b"") | _texts(entry, files), "", ""
-        )
+        check_answers(Conversation()(record, "", "").messages)
     except DataError as error:
-        raise BadEntry(f"the conversation cannot be read back: {error}") from None
+        raise BadEntry(f"the conversation cannot be used: {error}") from None
 
 
 def _record(entry: Entry, files: list[tuple[str, str]], decode: bool) -> dict[str, bytes]:
@@ -178,9 +178,11 @@ def _texts(entry: Entry, files: list[tuple[str, str]]) -> dict[str, bytes]:
             texts["txt"] = entry.caption.encode()
         if entry.json is not None:
             document = entry.naming([name for name, _ in files])
-            texts["json"] = json.dumps(document, ensure_ascii=False).encode()
+            texts["json"] = json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise BadEntry(f"a text cannot be written as UTF-8: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise BadEntry(f"the entry cannot be written as JSON: {error}") from None
     return texts
 
 

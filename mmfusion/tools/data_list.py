@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from mmfusion.data.converters.conversation import name_place
+from mmfusion.data.converters.members import shown
 
 MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 PATH_FIELDS = (*MEDIA_FIELDS, "path", "file", "file_name")
@@ -54,6 +55,8 @@ def read_list(path: str) -> Iterator[tuple[str, Entry | BadEntry]]:
     Raises:
         ValueError: where the list as a whole cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file; the list is read twice, so it must be one")
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in readers:
@@ -78,7 +81,7 @@ def parse_entry(value: Any) -> Entry:
         for holder, field in _named_parts(_turns(value)):
             path = holder[field]
             if not isinstance(path, str) or not path.strip():
-                raise BadEntry(f"expected the path of one file in {field!r}, got {path!r}")
+                raise BadEntry(f"expected the path of one file in {field!r}, got {shown(path)}")
             if path.startswith("data:") or (field == "data" and not os.path.splitext(path)[1]):
                 raise BadEntry("a medium embedded in the text; write it to a file and name that")
             if path not in media:
@@ -87,9 +90,9 @@ def parse_entry(value: Any) -> Entry:
     path = value[_one_of(PATH_FIELDS, value)]
     caption = value[_one_of(CAPTION_FIELDS, value)]
     if not isinstance(path, str) or not path.strip():
-        raise BadEntry(f"expected the path of one file, got {path!r}")
+        raise BadEntry(f"expected the path of one file, got {shown(path)}")
     if not isinstance(caption, str) or not caption.strip():
-        raise BadEntry(f"expected a caption, got {caption!r}")
+        raise BadEntry(f"expected a caption, got {shown(caption)}")
     return Entry((path,), caption, value if len(value) > 2 else None)
 
 
@@ -104,7 +107,7 @@ def _paths(name: str, value: Any) -> list[str]:
     """A path or a list of them; null stands for none."""
     paths = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(path, str) and path.strip() for path in paths):
-        raise BadEntry(f"{name!r} must be a path or a list of paths, got {value!r}")
+        raise BadEntry(f"{name!r} must be a path or a list of paths, got {shown(value)}")
     return paths
 
 

@@ -13,6 +13,7 @@ from mmfusion.types import DataError
 
 SOUNDFILE = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III"}
 CONTAINERS = {"mp4": "aac", "adts": "aac", "webm": "libopus", "matroska": "aac", "mpegts": "aac"}
+PCM_64 = {"w64": "pcm_s64le", "wav": "pcm_s64le", "nut": "pcm_s64be"}
 
 
 def chirp(rate: int = 16000, seconds: float = 2.0) -> np.ndarray:
@@ -30,11 +31,11 @@ def written(
     return file.getvalue()
 
 
-def muxed(samples: np.ndarray, rate: int, format: str) -> bytes:
+def muxed(samples: np.ndarray, rate: int, format: str, codec: str = "") -> bytes:
     """The samples in a container that soundfile cannot read."""
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        stream = container.add_stream(CONTAINERS[format], rate=rate, layout="mono")
+        stream = container.add_stream(codec or CONTAINERS[format], rate=rate, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
@@ -76,6 +77,12 @@ def test_containers_that_soundfile_cannot_read(format: str) -> None:
     shifts = range(0, 2400, 8)
     best = max(correlation(decoded[s : s + 9000], chirp(48000)[:9000]) for s in shifts)
     assert best > 0.99
+
+
+@pytest.mark.parametrize("format", PCM_64)
+def test_integers_of_64_bits_give_the_samples(format: str) -> None:
+    data = muxed(chirp(), 16000, format, PCM_64[format])
+    np.testing.assert_allclose(decode_audio(data, format, 16000).numpy(), chirp(), atol=1e-6)
 
 
 @pytest.mark.parametrize("format", [*SOUNDFILE, *CONTAINERS])

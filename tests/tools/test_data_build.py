@@ -209,6 +209,10 @@ def test_shards_roll_over_and_keys_are_numbers_of_entries(media: Path, tmp_path:
     assert [key for key, _ in records(tmp_path / "out")] == [f"{i:08d}" for i in (0, 1, 2, 4, 5, 6)]
 
 
+def nested(depth: int) -> Any:
+    return json.loads("[" * depth + "]" * depth)
+
+
 GOOD = {"image": "a.jpg", "caption": "a"}
 BAD_ENTRIES = [
     ({"image": "missing.jpg", "caption": "a"}, "missing.jpg does not exist"),
@@ -228,9 +232,9 @@ BAD_ENTRIES = [
     ({"image": ["a.jpg"], "text": "a"}, "expected the path of one file"),
     ({"image": "a.jpg", "conversations": []}, "'conversations' must be a list of turns"),
     ({"image": 3, "conversations": [{}]}, "'image' must be a path"),
-    ({"image": "a.jpg", "conversations": turns("w1", "value")}, "read back: .* never shows"),
-    ({"image": None, "conversations": turns("<image>", "value")}, "read back: .*asks for more"),
-    ({"messages": turns("w1")[:1]}, "read back: .*ending with the assistant"),
+    ({"image": "a.jpg", "conversations": turns("w1", "value")}, "cannot be used: .* never shows"),
+    ({"image": None, "conversations": turns("<image>", "value")}, "be used: .*asks for more"),
+    ({"messages": turns("w1")[:1]}, "cannot be used: .*ending with the assistant"),
     ({"messages": asked({"type": "image", "image": "none.jpg"})}, "none.jpg does not exist"),
     ({"messages": asked({"type": "image", "image": ["a.jpg"]})}, "path of one file in 'image'"),
     ({"messages": asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}})},
@@ -240,6 +244,12 @@ BAD_ENTRIES = [
     ({"messages": asked({"type": "input_audio", "input_audio": {"data": "a.xyz"}})},
      "'xyz' is no extension of a media file"),
     (["a.jpg", "a"], "expected an object with named fields, got list"),
+    ({"messages": asked({"type": "audio", "audio": "d.wav", "start": 10**400})}, "expected sec"),
+    ({"messages": [*turns("w1")[:1], {"role": "assistant", "content": " "}]}, "has no text"),
+    ({"image": "a.jpg", "messages": [*turns("w1")[:1],
+      {"role": "assistant", "content": "<image> a"}]}, "an assistant message holds media"),
+    ({"messages": turns("w1"), "more": nested(700)}, "cannot be written as JSON: .*recursion"),
+    ({"image": nested(700), "caption": "a"}, "expected the path of one file"),
 ]  # fmt: skip
 
 
@@ -305,6 +315,7 @@ def test_many_bad_entries_are_counted_and_the_first_listed(media: Path, tmp_path
         ("l.jsonl", b'{"image": "a.jpg", "caption": "a"}\n\n{"image": \n', "l.jsonl:3: not a line"),
         ("l.jsonl", b'{"image": "a.jpg", "caption": "\xff"}', "l.jsonl:1: not a line of JSON"),
         ("l.jsonl", b'{"image": "a.jpg", "caption": NaN}', "NaN is no JSON value"),
+        ("l.jsonl", b'{"image": "a.jpg", "caption": "a", "n": 1e999}', "1: .*cannot be written"),
         ("l.csv", b"a.jpg,a cat\n", "first line must name the columns"),
         ("l.csv", b"", "first line must name the columns"),
         ("l.csv", b"path,caption,caption\n", "comes twice"),
@@ -322,6 +333,12 @@ def test_broken_lists_are_refused(
     with pytest.raises(ValueError, match=problem):
         build(str(media / name), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_list_that_is_no_regular_file_is_refused(media: Path, tmp_path: Path) -> None:
+    os.mkfifo(media / "l.jsonl")
+    with pytest.raises(ValueError, match=r"l\.jsonl is no regular file"):
+        build(str(media / "l.jsonl"), str(tmp_path / "out"))
 
 
 def test_byte_order_marks_are_no_part_of_a_list(media: Path, tmp_path: Path) -> None:

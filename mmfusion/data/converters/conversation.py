@@ -12,6 +12,7 @@ path or an address. A name that no member has (a path from before the shard was 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from mmfusion.data.converters.members import (
     media_members,
     media_of,
     read_json,
+    shown,
 )
 from mmfusion.types import DataError, Media, Message, Role, Sample, Text
 
@@ -155,7 +157,7 @@ def _message(turn: Any, shelf: _Shelf) -> Message:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(
-            "unknown_role", f"a turn has the role {name!r}; expected one of {[*ROLES]}."
+            "unknown_role", f"a turn has the role {shown(name)}; expected one of {[*ROLES]}."
         )
     if isinstance(content, list):
         return Message(role, tuple(_part(part, shelf) for part in content))
@@ -178,8 +180,8 @@ def _part(part: Any, shelf: _Shelf) -> Text | Media:
     if not isinstance(kind, str) or kind not in PART_MODALITIES:
         raise DataError(
             "unknown_part",
-            f"a content part has the type {kind!r}; expected 'text' or one of "
-            f"{[*PART_MODALITIES]}.",
+            f"a content part has the type {shown(kind)}; expected 'text' or one "
+            f"of {[*PART_MODALITIES]}.",
         )
     modality, span = PART_MODALITIES[kind], (_seconds(part, "start"), _seconds(part, "end"))
     place = name_place(part)
@@ -212,9 +214,17 @@ def _seconds(part: Mapping[str, Any], name: str) -> float | None:
     value = part.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DataError("bad_span", f"{name!r} of a media part is {value!r}; expected seconds.")
-    return float(value)
+    seconds = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:  # JSON has integers of any size
+            seconds = math.inf
+    if not math.isfinite(seconds):
+        raise DataError(
+            "bad_span", f"{name!r} of a media part is {shown(value)}; expected seconds."
+        )
+    return seconds
 
 
 def _split_markers(text: str, shelf: _Shelf) -> tuple[Text | Media, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ MODALITY_OF: dict[str, str] = {
     **dict.fromkeys(("aiff", "au", "wma"), "audio"),
 }
 """Modality of a member by the last part of its extension."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def read_text(record: Mapping[str, bytes], name: str) -> str:
@@ -55,7 +59,7 @@ def as_text(value: Any, what: str) -> str:
         DataError: ``bad_text`` for another type or half of a surrogate pair.
     """
     if not isinstance(value, str):
-        raise DataError("bad_text", f"{what} is {_shown(value)}; expected a string.")
+        raise DataError("bad_text", f"{what} is {shown(value)}; expected a string.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -94,8 +98,10 @@ def media_of(
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers compare by how many digits they have, then digit by digit: they may be long."""
     return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+        (len(digits := part.lstrip("0")), digits) if i % 2 else (-1, part)
+        for i, part in enumerate(re.split(r"([0-9]+)", name))
     ]
 
 
@@ -103,6 +109,6 @@ def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"it holds {constant}")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+def shown(value: Any) -> str:
+    """A stranger's value for a message: short, whatever its size and depth."""
+    return _SHORT.repr(value)

@@ -189,6 +189,45 @@ def test_malformed_documents_have_their_own_reasons(document: Any, expected: str
     assert reason(document) == expected
 
 
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "-1" + 400 * "0", "1e999", "true", "[0]"])
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_a_time_that_is_no_number_of_seconds_is_a_bad_span(name: str, number: str) -> None:
+    part = {"type": "audio", "audio": "wav", name: "NUMBER"}
+    document = json.dumps([{"role": "user", "content": [part]}, ANSWER])
+    record = {"json": document.replace('"NUMBER"', number).encode(), **FILES}
+    with pytest.raises(DataError, match=rf"'{name}' of a media part is .*; expected sec") as error:
+        Conversation()(record, "", "")
+    assert error.value.reason == "bad_span"
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        '[{"role": NEST, "content": "a"}]',
+        '[{"role": "user", "content": NEST}]',
+        '[{"role": "user", "content": {"a": NEST}}]',
+        '[{"role": "user", "content": [{"type": NEST}]}]',
+        '[{"role": "user", "content": [{"type": "image", "image": NEST}]}]',
+        '[{"role": "user", "content": [{"type": "image", "image": "0.jpg", "start": NEST}]}]',
+        "NEST",
+    ],
+)
+def test_nesting_of_any_depth_is_a_data_error(document: str) -> None:
+    for depth in (*range(900, 960), 100_000):
+        record = {"json": document.replace("NEST", "[" * depth + "]" * depth).encode(), **FILES}
+        with pytest.raises(DataError):
+            Conversation()(record, "", "")
+
+
+def test_members_with_long_numbers_in_their_names_keep_numeric_order() -> None:
+    names = ["2.jpg", "10.jpg", f"{'9' * 5000}.jpg", f"1{'0' * 5000}.jpg"]
+    question = {"role": "user", "content": "<image>" * len(names)}
+    files = {name: name.encode() for name in reversed(names)}
+    shown = convert([question, ANSWER], files)[0].content
+    assert [item.data.decode() for item in shown if isinstance(item, Media)] == names
+
+
 def test_missing_and_unreadable_members() -> None:
     for record, expected in (({}, "missing_member"), ({"json": b"\xff"}, "bad_text")):
         with pytest.raises(DataError) as error:
