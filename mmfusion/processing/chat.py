@@ -11,10 +11,12 @@ many tokenizers use the end token for padding as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmfusion.processing.special_tokens import check_plain_text, placeholder, special_token_pattern
 from mmfusion.types import DataError, Media, Message
@@ -43,11 +45,8 @@ class ChatRenderer:
         self._end_tokens = special_token_pattern(
             tokenizer, without=[*starts, *map(placeholder, modalities)]
         )
-        self._end_ids = {
-            index
-            for token, index in tokenizer.get_added_vocab().items()
-            if self._end_tokens.fullmatch(token)
-        }
+        self._end_token_here = re.compile(rf"[ \t]*(?:{self._end_tokens.pattern})")
+        self._closed = re.compile(rf"(?:{self._end_tokens.pattern})\s*$")
 
     def chat(
         self, messages: Sequence[Message], generation_prompt: bool = False
@@ -60,11 +59,11 @@ class ChatRenderer:
         """
         _check_order(messages)
         turns = [{"role": message.role, "content": self._content(message)} for message in messages]
+        if not generation_prompt and _GENERATION_BLOCK.search(self._template()):
+            return self._encode(*self._render_blocks(turns))
         text = self._render(turns, generation_prompt)
         if generation_prompt:
             return self._encode(text, [])
-        if _GENERATION_BLOCK.search(self._template()):
-            return self._encode_by_generation_blocks(turns)
         return self._encode(text, self._answer_spans(text, turns))
 
     def plain(self, messages: Sequence[Message], eos: bool) -> tuple[list[int], list[bool]]:
@@ -103,15 +102,31 @@ class ChatRenderer:
 
     def _render(self, turns: list[dict[str, str]], generation_prompt: bool = False) -> str:
         self._template()
-        try:
+        with _refusals(turns):
             return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except TemplateError as error:
-            raise DataError(
-                "template_refused",
-                f"the chat template refuses the roles {[turn['role'] for turn in turns]}: {error}",
-            ) from error
+
+    def _render_blocks(self, turns: list[dict[str, str]]) -> tuple[str, list[Span]]:
+        """The text and what the template marks in it as trained, with an end token that it leaves
+        just outside.
+        """
+        # Not apply_chat_template's own mask: it loses the last tokens of an answer that ends in a
+        # character of several tokens.
+        with _refusals(turns):
+            (text,), (blocks,) = render_jinja_template(
+                conversations=[turns],
+                chat_template=self._template(),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        spans = []
+        for start, stop in blocks:
+            if not self._closed.search(text, start, stop):
+                end = self._end_token_here.match(text, stop)
+                stop = end.end() if end else stop
+            spans.append((start, stop))
+        return text, spans
 
     def _answer_spans(self, text: str, turns: list[dict[str, str]]) -> list[Span]:
         """Characters of each assistant turn, from the end of its prompt to its end token."""
@@ -145,19 +160,6 @@ class ChatRenderer:
         )
         return encoding["input_ids"], _overlaps(encoding["offset_mapping"], spans)
 
-    def _encode_by_generation_blocks(
-        self, turns: list[dict[str, str]]
-    ) -> tuple[list[int], list[bool]]:
-        """The template marks what it trains; an end token left just outside is trained as well."""
-        encoding = self.tokenizer.apply_chat_template(
-            turns, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, trained = encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]]
-        for i in range(1, len(ids)):
-            if trained[i - 1] and ids[i] in self._end_ids and ids[i - 1] not in self._end_ids:
-                trained[i] = True
-        return ids, trained
-
     def _start_token_id(self) -> int:
         """The bos token; where there is none, the special token a conversation starts with."""
         if self.tokenizer.bos_token_id is not None:
@@ -181,6 +183,18 @@ class ChatRenderer:
                 "converter asks for one; set `tokenizer.eos_token` or the converter's `eos: false`."
             )
         return self.tokenizer.eos_token_id
+
+
+@contextmanager
+def _refusals(turns: list[dict[str, str]]) -> Iterator[None]:
+    """A template's own error is one of the data."""
+    try:
+        yield
+    except TemplateError as error:
+        raise DataError(
+            "template_refused",
+            f"the chat template refuses the roles {[turn['role'] for turn in turns]}: {error}",
+        ) from error
 
 
 def _check_order(messages: Sequence[Message]) -> None:

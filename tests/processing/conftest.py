@@ -31,6 +31,10 @@ GENERATION = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LLAMA2_BLOCKS = LLAMA2.replace(
+    "{{ ' ' + m['content'].strip() + ' </s>' }}",
+    "{% generation %}{{ ' ' + m['content'].strip() }}{% endgeneration %}{{ ' </s>' }}",
+)
 NO_END_TOKEN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

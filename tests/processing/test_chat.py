@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 from mmfusion.processing.chat import ChatRenderer
 from mmfusion.processing.special_tokens import add_placeholders
 from mmfusion.types import DataError, Media, Message, Text
-from tests.processing.conftest import CHATML, GENERATION, LLAMA2, NO_END_TOKEN
+from tests.processing.conftest import CHATML, GENERATION, LLAMA2, LLAMA2_BLOCKS, NO_END_TOKEN
 
 QUESTION, ANSWER = "What is in the picture?", "A red apple. größer ☃ 你好"
 TALK = [("user", QUESTION), ("assistant", ANSWER), ("user", "two dogs?"), ("assistant", "Yes.")]
@@ -59,6 +60,59 @@ def test_answers_and_their_end_tokens_are_trained(
         chat.tokenizer(ANSWER, add_special_tokens=False)["input_ids"], skip_special_tokens=False
     )
     assert runs == [squeeze(unknown) + end, "Yes." + end]
+
+
+ENDINGS = [
+    "Yes.",
+    "great 😀",
+    "ok 👍🏽",
+    "是的",
+    "猫です。",
+    "e\u0301",
+    "🇩🇪",
+    "x\n",
+    " y",
+    "नमस्ते",
+    "👩‍👩‍👧",
+    "\u0301",
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
+def test_generation_blocks_train_what_the_same_template_without_them_does(
+    trained_tokenizer: Any, template: str
+) -> None:
+    blocks = {CHATML: GENERATION, LLAMA2: LLAMA2_BLOCKS}[template]
+    rng = random.Random(0)
+    for _ in range(60):
+        answers = [" ".join(rng.choices(ENDINGS, k=rng.randint(1, 4))) for _ in range(2)]
+        talk = [("user", rng.choice(ENDINGS)), ("assistant", answers[0])]
+        talk += [("user", "two?"), ("assistant", answers[1])]
+        plain, marked = (renderer(trained_tokenizer, one) for one in (template, blocks))
+        ids, trained = plain.chat(messages(*talk))
+        found_ids, found = marked.chat(messages(*talk))
+        assert found_ids == ids
+        assert found == trained, talk
+        assert (
+            found_ids
+            == marked.tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in talk]
+            )["input_ids"]
+        )
+
+
+def test_a_block_that_holds_its_end_token_trains_nothing_after_it(trained_tokenizer: Any) -> None:
+    """The next special token opens the next turn."""
+    inside = GENERATION.replace(
+        "{{ m['content'] }}{% endg", "{{ m['content'] + '<|im_end|>\n' }}{% endg"
+    )
+    inside = inside.replace(
+        "{{ '<|im_end|>\n' }}", "{% if m['role'] == 'user' %}<|im_end|>\n{% endif %}"
+    )
+    assert inside.count("im_end") == 2
+    chat = renderer(trained_tokenizer, inside)
+    runs = trained_text(chat, *chat.chat(messages(*TALK)))
+    assert [squeeze(run)[-10:] for run in runs] == ["<|im_end|>"] * 2
 
 
 def test_end_token_is_trained_though_it_pads(trained_tokenizer: Any) -> None:
@@ -142,8 +196,9 @@ def test_template_that_drops_thoughts_of_earlier_turns_still_works(trained_token
     assert all(run.endswith("<|im_end|>") for run in runs)
 
 
-def test_template_that_refuses_roles_is_a_data_error(trained_tokenizer: Any) -> None:
-    chat = renderer(trained_tokenizer, LLAMA2)
+@pytest.mark.parametrize("template", [LLAMA2, LLAMA2_BLOCKS], ids=["llama2", "blocks"])
+def test_template_that_refuses_roles_is_a_data_error(trained_tokenizer: Any, template: str) -> None:
+    chat = renderer(trained_tokenizer, template)
     with pytest.raises(DataError, match="alternate") as error:
         chat.chat(messages(("system", "a"), *TALK))
     assert error.value.reason == "template_refused"
