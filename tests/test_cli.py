@@ -113,6 +113,10 @@ def test_a_shortened_option_is_not_guessed(recipe, capsys):
         (["--checkpoint.keep_last=1"], "keep_last"),
         (["--trainer.max_steps=-1"], "trainer.max_steps"),
         (["--trainer.precision=bf16-true"], "use bf16-mixed"),
+        (["--trainer.min_steps=100"], "trainer.min_steps is 100"),
+        (["--trainer.limit_train_batches=1"], "trainer.limit_train_batches is 1"),
+        (["--trainer.overfit_batches=2"], "trainer.overfit_batches is 2"),
+        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run is True"),
     ],
 )
 def test_a_mistake_is_one_message(recipe, args, said, tmp_path, capsys):

@@ -24,7 +24,7 @@ from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -59,6 +59,16 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "accelerator": "auto",
 }
+
+OTHERWISE_COUNTED = {
+    "min_steps": ("None",),
+    "min_epochs": ("None",),
+    "limit_train_batches": ("None", "1.0"),
+    "overfit_batches": ("0.0", "0"),
+    "fast_dev_run": ("False", "0"),
+}
+"""Options of the trainer that would end a run, or keep it from ending, against the data's steps,
+each with its values that do nothing."""
 
 
 MESSAGES = logging.StreamHandler()
@@ -161,6 +171,12 @@ class RecipeCommand(LightningCLI):
                 f"trainer.precision is {precision}, which rounds positions and loses small "
                 "updates; use bf16-mixed (parts are loaded in their own dtype)."
             )
+        if odd := [k for k, idle in OTHERWISE_COUNTED.items() if str(given.get(k)) not in idle]:
+            raise RecipeError(
+                f"trainer.{odd[0]} is {given[odd[0]]}; a run is counted in optimizer steps, and "
+                "ends at trainer.max_steps or with data.epochs. Use these (a try of two steps: "
+                "--trainer.max_steps=2 --model.schedule.warmup_steps=0 --run_dir=/tmp/try)."
+            )
         given["logger"] = self._own_loggers() or False
         callbacks = _as_list(given.get("callbacks"))
         kinds = {type(callback) for callback in callbacks}
@@ -223,7 +239,19 @@ class RecipeCommand(LightningCLI):
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             self._train(start)
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
-            log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
+            if timer := self._out_of_time():
+                log.info(f"{run.path}: {timer} at step {done}; the same command goes on from here")
+                if attempt is not None:
+                    attempt.unfinished = timer
+            else:
+                log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
+
+    def _out_of_time(self) -> str:
+        """Why the run stopped, where that was the clock."""
+        timers = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, Timer)]
+        over = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+        steps_left = self.trainer.global_step < self.trainer.max_steps
+        return "trainer.max_time was reached" if over and steps_left else ""
 
     def _train(self, start: Path | None) -> None:
         """Until training starts, and RunCheckpoint takes over, a signal ends the run at once."""

@@ -202,6 +202,8 @@ class Attempt:
         self.path = folder / f"{self.number:04d}"
         self.path.mkdir(parents=True)
         self.step = 0
+        self.unfinished = ""
+        """Why it stopped before its end, where that is no error."""
         self._written = 0.0
         self._handler = logging.FileHandler(self.path / "log.txt")
 
@@ -230,7 +232,7 @@ class Attempt:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self.write("finished")
+            self.write("interrupted" if self.unfinished else "finished", self.unfinished)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             self.write("interrupted", str(error) or type(error).__name__)
         else:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 
+import lightning as L
 import pytest
 import torch
 
@@ -272,6 +274,25 @@ def test_weights_that_would_mean_something_else_are_refused(
     with pytest.raises(SystemExit):
         main(["validate", "-c", str(run)])
     assert said in capsys.readouterr().err
+
+
+def test_a_run_out_of_time_is_not_finished_and_goes_on(home, tmp_path, capsys):
+    changes = {"trainer__max_steps": 8, "run_dir": str(tmp_path / "run")}
+    slow = {"class_path": f"{__name__}.Slow"}
+    recipe = write_recipe(home, trainer__callbacks=[slow], **changes)
+    run = fit(recipe, "--trainer.max_time=00:00:00:01")
+    assert "max_time was reached at step" in capsys.readouterr().err
+    status = run.status()
+    assert (status["state"], status["reason"]) == ("interrupted", "trainer.max_time was reached")
+    run = fit(recipe)
+    assert run.status()["state"] == "finished"
+    assert sorted(losses(run)) == [*range(8)]
+    assert losses(run) == losses(fit(write_recipe(home, **changes | {"run_dir": f"{tmp_path}/b"})))
+
+
+class Slow(L.Callback):
+    def on_train_batch_end(self, *_):
+        time.sleep(0.3)
 
 
 AUDIT = [
