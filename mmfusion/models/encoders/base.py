@@ -6,9 +6,28 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import MediaTensors
+
+
+def read_config(path: str, revision: str | None = None) -> Any:
+    """The transformers configuration of a hub id or folder.
+
+    Raises:
+        ValueError: for a model that only code of its own can make: such code is never run.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if "auto_map" not in settings:
+            raise
+        raise ValueError(
+            f"{path} brings code of its own (auto_map in its config.json), which is never run; "
+            "write an encoder for it (docs/extending.md)."
+        ) from error
 
 
 class Encoder(nn.Module, ABC):

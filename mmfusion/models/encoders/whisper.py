@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
 from transformers.audio_utils import mel_filter_bank
 
-from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.encoders.base import Encoder, read_config
 from mmfusion.models.loading import checked_path, refuse_missing
 from mmfusion.processing.audios import audio_seconds, decode_audio
 from mmfusion.processing.base import MediaProcessor
@@ -75,7 +74,7 @@ class WhisperEncoder(Encoder):
     @cached_property
     def config(self) -> Any:
         """Whisper's transformers configuration."""
-        return AutoConfig.from_pretrained(self.path, revision=self.revision)
+        return read_config(self.path, self.revision)
 
     @property
     def out_dim(self) -> int:
@@ -90,6 +89,7 @@ class WhisperEncoder(Encoder):
             self.encoder, info = HFWhisperEncoder.from_pretrained(
                 self.path,
                 revision=self.revision,
+                trust_remote_code=False,
                 config=self.config,
                 dtype=self.dtype,
                 key_mapping={r"^(model\.)?encoder\.": ""},

