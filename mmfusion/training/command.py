@@ -262,6 +262,8 @@ class RecipeCommand(LightningCLI):
         before = signal.signal(signal.SIGTERM, stop_at_once)
         try:
             self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+            if self._progress().owes_validation(self.trainer):  # cut off at the last step
+                self.trainer.validate(self.model, self.datamodule, verbose=False)
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise RunInterrupted(signal.SIGINT, 0, saved=False) from None

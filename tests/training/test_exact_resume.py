@@ -185,3 +185,34 @@ def test_asked_to_stop_while_it_starts_it_says_so(home, recipe, number, code):
     status = json.loads((home / name / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert "interrupted while it started" in status["reason"]
+
+
+def die_in_validation(number):
+    def killed(self, trainer, *_):
+        if trainer.global_step == 12 or (trainer.global_step == 4 and number == signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    Recorder.on_validation_batch_start = killed
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_validation_that_was_cut_off_is_made_up_for(home, recipe, whole, number):
+    """SIGKILL in the last one; SIGTERM in the first, for each of its batches: the second ends the
+    run at once.
+    """
+    converter = {"class_path": "tests.training.tiny.TinyConverter"}
+    val = {"val": {"shards": f"{home}/val-*.tar", "converter": converter}}
+    more = ["--val_every_n_steps=4", f"--data.val_sources={json.dumps(val)}"]
+    name = f"validated-{number.name}"
+    args = [*options(home, recipe, name), *more]
+    assert jobs.run(args, home / f"{name}.log", prepare=partial(die_in_validation, number)) != 0
+    assert validated_after(home / name) == (set() if number == signal.SIGTERM else {3, 7})
+    assert run_to_end(home, recipe, name, *more) == whole
+    assert validated_after(home / name) == {3, 7, 11}
+
+
+def validated_after(run):
+    from mmfusion.training.loggers import read_metrics
+
+    rows = read_metrics(run / "metrics.csv")
+    return {int(row["trainer/global_step"]) for row in rows if "val/loss" in row}
