@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail(name, "interrupted.", 130)
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and name in TOOLS:
+            _reader_is_gone()
         if show_traceback:
             raise
         # From a loader process a message comes with that process's traceback before it.
@@ -157,7 +159,9 @@ def _run(name: str, args: list[str]) -> Any:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         tool = getattr(importlib.import_module(module), function)
-        return auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+        result = auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+        sys.stdout.flush()  # a reader that is gone is noticed here, not when Python ends
+        return result
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -167,16 +171,24 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def _reader_is_gone() -> NoReturn:
+    """Whoever read the output (``| head``) has enough: end as other programs do, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + signal.SIGPIPE)
+
+
 def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
     """``--with-baselines`` as ``--with_baselines=true``: the parser wants underscores, and a value
-    for every option.
+    for every option. A recipe's key, ``--data.seed=1``, is one of the tool's ``overrides``.
     """
     options = inspect.signature(tool).parameters
     spelled = []
     for arg, after in pairwise([*args, ""]):
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not arg.startswith("--") or name not in options:
+        if arg.startswith("--") and "." in name and equals and "overrides" in options:
+            spelled.append(f"--overrides+={arg}")
+        elif not arg.startswith("--") or name not in options:
             spelled.append(arg)
         elif options[name].default is False and not equals and after not in ("true", "false"):
             spelled.append(f"--{name}=true")

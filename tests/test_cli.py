@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -138,6 +140,13 @@ def test_of_several_recipes_the_wrong_one_is_named(recipe, tmp_path, capsys):
         assert f"error: {tmp_path}/{name}.yaml: " in error
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_nothing_to_evaluate_on_is_an_error(home, command, tmp_path, capsys):
+    recipe = write_recipe(home, run_dir=str(tmp_path / "run"))
+    assert "data.val_sources is empty" in fails(capsys, command, "-c", recipe)[1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_a_recipe_it_is_asked_for(capsys):
     assert "-c RECIPE" in fails(capsys, "fit", "--trainer.max_steps=3")[1]
     assert "-c RECIPE" not in fails(capsys, "data", "build")[1]
@@ -244,6 +253,28 @@ def test_load_module_refuses_what_is_no_run(tmp_path):
     (tmp_path / "stage" / "config.yaml").touch()
     with pytest.raises(FileNotFoundError, match="/stage is one"):
         load_module(tmp_path)
+
+
+def test_a_reader_that_goes_ends_a_tool_without_a_word(recipe):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "mmfusion", "data", "at-step", str(recipe), "0", "--as_json"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=root)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_keys_of_a_recipe_are_overrides_of_the_tools_that_take_them() -> None:
+    from mmfusion.cli import _spelled_out
+
+    def tool(recipe: str, overrides: list[str] | None = None) -> None: ...
+
+    def other(recipe: str) -> None: ...
+
+    line = ["a.yaml", "--data.my-key=a-b"]
+    assert _spelled_out(tool, line) == ["a.yaml", "--overrides+=--data.my-key=a-b"]
+    assert _spelled_out(other, line) == line
 
 
 def test_flags_of_tools_need_no_value() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
+from mmfusion.tools.recipe_of_run import recipe_of
 from mmfusion.training.checkpoint import FOLDER, read_checkpoint
 from mmfusion.training.resume import by_step, complete_checkpoint, why_incomplete
 
@@ -24,7 +25,7 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
     packs_per_step was changed on the way).
 
     Args:
-        recipe: the run's recipe, or its saved config.yaml.
+        recipe: the run's recipe, or its run directory.
         step: the optimizer step, counted from 0.
         checkpoint: a checkpoint of the run at or before this step; of a run directory, its newest
             such.
@@ -32,7 +33,9 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
     """
     from mmfusion.training.command import RecipeCommand
 
-    command = RecipeCommand("", ["--config", recipe])
+    if step < 0:
+        raise ValueError(f"step is {step}; steps are counted from 0.")
+    command = RecipeCommand("", ["--config", recipe_of(recipe)])
     if 0 <= (end := command.config.trainer.max_steps) <= step:
         raise ValueError(
             f"step {step} is never trained: the recipe's trainer.max_steps is {end}, and steps are "

@@ -24,6 +24,7 @@ from mmfusion import tuning
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.projectors.base import Projector
+from mmfusion.tools.recipe_of_run import recipe_of
 from mmfusion.training.command import RecipeCommand
 from mmfusion.types import DataError, Media
 
@@ -95,8 +96,9 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
     """Show the parts of a recipe, their shapes and parameters, and an estimate of the memory.
 
     Args:
-        recipe: the recipe's YAML file, or a run's config.yaml.
-        overrides: as for `mmfusion fit`, e.g. --overrides='["--data.pack_tokens=512"]'.
+        recipe: the recipe's YAML file, or a run directory.
+        overrides: a list of keys of the recipe with other values; they may also stand on the
+            command line as they do for `mmfusion fit`, e.g. --data.pack_tokens=512.
     """
     found = description(recipe, overrides or [])
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -110,7 +112,7 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
 
 def description(recipe: str, overrides: Sequence[str] = ()) -> Description:
     """Describe a recipe; raises as `mmfusion fit` would where it cannot be parsed."""
-    command = RecipeCommand("", ["--config", recipe, *overrides])
+    command = RecipeCommand("", ["--config", recipe_of(recipe), *overrides])
     module, data = command.model, command.datamodule
     model: AnyToAnyModel = module.model
     with torch.device("meta"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from mmfusion.cli import main
 from mmfusion.tools.data_at_step import at_step, load_stream_state, samples_at
 from tests.data.synthetic import keys_of, make_data, write_source
 from tests.training.tiny import write_recipe
@@ -77,9 +80,22 @@ def test_a_damaged_state_is_refused(folders, tmp_path):
             load_stream_state(tmp_path / f"{number}.ckpt", 9)
 
 
-def test_a_step_that_is_never_trained_is_refused(folders, tmp_path):
+def test_a_run_directory_stands_for_its_recipe(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    at_step(str(recipe), 2)
+    (tmp_path / "run").mkdir()
+    shutil.copy(recipe, tmp_path / "run" / "config.yaml")
+    expected = capsys.readouterr().out
+    at_step(str(tmp_path / "run"), 2)
+    assert capsys.readouterr().out == expected != ""
+
+
+def test_a_step_that_is_never_trained_is_refused(folders, tmp_path, capsys):
     recipe = str(write_recipe(tmp_path, trainer__max_steps=3))
     at_step(recipe, 2)
+    with pytest.raises(SystemExit):
+        main(["data", "at-step", recipe, "--", "-1"])
+    assert "step is -1; steps are counted from 0" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"step 3 is never trained: .*max_steps is 3"):
         at_step(recipe, 3)
     with pytest.raises(ValueError, match="step 1000 is never trained: the data end before it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def test_activations_follow_the_micro_batch(
     larger = description(built[0], ["--data.pack_tokens=128"])
     assert larger.activations == 2 * found.activations > 0
     assert sum(found.memory.values()) > found.activations
+
+
+def test_keys_of_the_recipe_are_taken_as_fit_takes_them(
+    built: tuple[str, torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["describe", built[0], "--data.pack_tokens=128", "--data.packs_per_micro_batch=1"])
+    assert "128 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["describe", built[0], "--data.pack_token=128"])
+    assert "Did you mean 'data.pack_tokens'?" in capsys.readouterr().err
+
+
+def test_a_run_directory_is_described_by_its_config(
+    built: tuple[str, torch.nn.Module], found: Description, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"not a run directory: it has no config.yaml"):
+        description(str(tmp_path))
+    shutil.copy(built[0], tmp_path / "config.yaml")
+    assert description(str(tmp_path)) == found
 
 
 def test_the_command_prints_tables(
