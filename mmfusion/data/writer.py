@@ -183,7 +183,8 @@ class ShardWriter:
         if (present := self._present()) and not self._overwrite:
             raise FileExistsError(
                 f"{self._folder or '.'} already holds {present[0]} and {len(present) - 1} more "
-                f"files of {self._pattern}; choose another name, or overwrite them (overwrite=True)"
+                f"files of {self._pattern}; choose another name, or overwrite them "
+                "(--overwrite of `mmfusion data build`, overwrite=True in Python)"
             )
 
     def _clear_left_behind(self, temporary: re.Pattern[str]) -> None:

@@ -126,7 +126,7 @@ def test_pattern_without_one_number_is_refused(tmp_path: Path, pattern: str) -> 
 def test_earlier_shards_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
     write(tmp_path, RECORDS, max_samples=5)
     (tmp_path / "train-x.tar").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"train-000000.tar and 9 more files"):
+    with pytest.raises(FileExistsError, match=r"train-000000.tar and 9 more files.*--overwrite"):
         write(tmp_path, RECORDS[:3])
     write(tmp_path, RECORDS[:3], overwrite=True)
     assert sorted(os.listdir(tmp_path)) == [
