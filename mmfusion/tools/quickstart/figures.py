@@ -17,6 +17,8 @@ HELD_OUT = {False: 240, True: 48}
 QUESTIONS = {False: 600, True: 60}
 """Samples of a data set and questions about shapes that are measured, by ``small``."""
 
+BOUNDS_OF_SMALL = "The bounds are the whole quickstart's; --small is too short to reach them."
+
 TITLES = {"pictures": "pictures", "speech": "speech", "motions": "clips of motions"}
 
 
@@ -105,13 +107,16 @@ def rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def print_figures(figures: dict[str, Any]) -> None:
     """The table, with 95 % intervals and the bounds."""
-    for what, figure, unit in rows(figures):
+    table = list(rows(figures))
+    width = max(len(what) for what, _, _ in table)
+    for what, figure, unit in table:
         scale, form = (100, ".1f") if unit == "share" else (1, ".2f")
         value, low, high = (format(scale * figure[k], form) for k in ("value", "low", "high"))
         bound = ""
         if figure["bound"] is not None:
             verdict = "reached" if figure["reached"] else "NOT REACHED"
             bound = f"  at least {format(scale * figure['bound'], form)}: {verdict}"
-        print(f"   {what:<62} {value:>6} [{low}, {high}] {'%' if scale == 100 else 'nats'}{bound}")
+        interval = f"[{low}, {high}] {'%' if scale == 100 else 'nats'}"
+        print(f"   {what:<{width}} {value:>6} {interval:<17}{bound}".rstrip())
     if "no media" not in figures["training"]:
         print("   (`--with-baselines` adds the fair comparison: the same stage without media)")

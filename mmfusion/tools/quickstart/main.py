@@ -27,6 +27,7 @@ SMALL = {
     "3_instruct": ["--trainer.max_steps=20", "--data.pack_tokens=500", "--model.compile=false"],
 }
 """What ``--small`` changes in the recipes."""
+INTERRUPTED = "\nInterrupted. The same line again goes on."
 
 
 def quickstart(
@@ -48,6 +49,12 @@ def quickstart(
     import matplotlib as _  # noqa: F401
 
     run = Path(run_dir or ("runs/quickstart-small" if small else "runs/quickstart"))
+    with one_line_on_ctrl_c():
+        run_steps(run, small, with_baselines)
+
+
+def run_steps(run: Path, small: bool, with_baselines: bool) -> None:
+    """All steps, from fetching to the report."""
     recipes = find_recipes()
     steps = Steps(run / "quickstart.json", count=6 + with_baselines)
     hashes = {asset.name: asset.sha256 for asset in ASSETS}
@@ -69,20 +76,30 @@ def quickstart(
         start = [f"--model.init_from={run / STAGE1}"]
         fit([recipes / "3_instruct.yaml"], run, [*start, *_small("3_instruct", small)])
     with steps.next("Measure on concepts that were never trained on, and report"):
-        from mmfusion.tools.quickstart.figures import measure_run, print_figures
+        from mmfusion.tools.quickstart.figures import BOUNDS_OF_SMALL, measure_run, print_figures
         from mmfusion.tools.quickstart.report import write_report
 
         no_media = run / NO_MEDIA if finished(run / NO_MEDIA) else None
         figures = measure_run(run, run / STAGE1, no_media, small)
         print_figures(figures)
         if small:
-            print("   The bounds are the whole quickstart's; --small is too short to reach them.")
+            print(f"   {BOUNDS_OF_SMALL}")
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
     print_next(run, report, recipes)
 
 
 def _small(stage: str, small: bool) -> list[str]:
     return SMALL[stage] if small else []
+
+
+@contextmanager
+def one_line_on_ctrl_c() -> Iterator[None]:
+    """Say how to go on. Training, which saves first, says it itself (see ``fit``)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class Steps:
@@ -105,7 +122,7 @@ class Steps:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(str(self.file)) as file:
                 file.write(json.dumps(self.seconds, indent=1).encode())
-            print(f"   {spent:.0f} s", flush=True)
+        print(f"   {spent:.0f} s", flush=True)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -173,7 +190,7 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
             end_with_us(child)
             raise
     if interrupted and code in (0, 130, -signal.SIGINT):  # finished, saved, still importing
-        print("\nInterrupted. The same line again goes on.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         raise SystemExit(130)
     if code:
         raise SystemExit(
@@ -221,7 +238,7 @@ def print_next(run: Path, report: Path, recipes: Path) -> None:
     print(
         f"\nReport:          {report}"
         f"\nTalk to it:      mmfusion chat {run}"
-        f"\nIts parts:       mmfusion describe {run / 'config.yaml'}"
+        f"\nIts parts:       mmfusion describe {run}"
         f"\nRun one stage:   mmfusion fit -c {recipes / (STAGE1 + '.yaml')} --run_dir runs/mine"
         f"\nYour own data:   mmfusion data build --help"
     )

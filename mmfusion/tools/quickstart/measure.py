@@ -68,9 +68,11 @@ def measure_captions(run: Path, no_media: Path | None, limit: int | None) -> Fig
     figures = {}
     for name, bounds in BOUNDS.items():
         items = read_held_out(sources[name], limit)
+        _tell(f"{name}: losses under right, blank and strangers' media")
         figures[name] = caption_figures(chat, constant, items, *bounds)
         figures[name]["choice"] = choice_figures(chat, items)
         if name == "motions":
+            _tell(f"{name}: which of {len(MOTIONS)} is preferred")
             figures[name]["motion choice"] = motion_figures(chat, items)
     return figures
 
@@ -78,7 +80,13 @@ def measure_captions(run: Path, no_media: Path | None, limit: int | None) -> Fig
 def measure_answers(run: Path, questions: int) -> Figures:
     """How stage 3's model answers questions about shapes."""
     data = data_of(run)
+    _tell(f"shapes: answers to {questions} questions")
     return shape_figures(load(run), data.val_sources["shapes"], data.sources["shapes"], questions)
+
+
+def _tell(part: str) -> None:
+    """What is measured next: all of it takes minutes."""
+    print(f"   {part}", flush=True)
 
 
 def data_of(run: Path) -> MultimodalData:
@@ -183,6 +191,7 @@ def choice_figures(chat: Chat, items: Sequence[HeldOut]) -> dict[str, Estimate]:
         group = [item for item in items if item.about["source"] == source]
         if len({item.concept for item in group}) < OPTIONS:
             continue
+        _tell(f"{source}: which of {OPTIONS} captions is preferred")
         scores = _scores_over_others(chat, group)
         right = np.zeros(len(group))
         for draw in range(CHOICES):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
-from mmfusion.tools.quickstart.figures import read_columns, rows
+from mmfusion.tools.quickstart.figures import BOUNDS_OF_SMALL, read_columns, rows
 from mmfusion.types import Media, Message
 
 SHOWN = {
@@ -51,7 +53,7 @@ def write_report(
     """Answer some held-out questions and write ``report.html`` into the run directory."""
     curves = {"stage 1": stage1, "stage 3": run, **({"no media": no_media} if no_media else {})}
     page = render(
-        title=run.name,
+        run=run,
         figures=figures,
         seconds=seconds,
         curves={
@@ -79,6 +81,7 @@ def answered(run: Path) -> list[Shown]:
                 left[item.about["source"]] -= 1
                 chosen.append(item)
     chosen.sort(key=lambda item: list(SHOWN).index(item.about["source"]))
+    print(f"   report: answers to {len(chosen)} questions", flush=True)
     chat = load(run)
     asked: list[list[Message]] = [list(item.sample.messages[:1]) for item in chosen]
     answers = chat.generate(asked, max_new_tokens=32)
@@ -95,7 +98,7 @@ def answered(run: Path) -> list[Shown]:
 
 
 def render(
-    title: str,
+    run: Path,
     figures: dict[str, Any],
     seconds: dict[str, float],
     curves: dict[str, Sequence[tuple[int, float]]],
@@ -108,7 +111,9 @@ def render(
     )
     environment.filters["show"] = show
     return environment.get_template("report.html.jinja").render(
-        title=title,
+        title=run.name,
+        run=shlex.quote(str(run)),
+        bounds_of_small=BOUNDS_OF_SMALL if figures["checkpoints"]["small"] else "",
         rows=list(rows(figures)),
         training=figures["training"],
         memory=figures["memory_gib"],
@@ -124,13 +129,16 @@ def draw_curves(curves: dict[str, Sequence[tuple[int, float]]]) -> str:
 
     matplotlib.use("svg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
     for axis, (name, points) in zip(axes, curves.items(), strict=False):
         steps, losses = [step for step, _ in points], [loss for _, loss in points]
-        axis.plot(steps, losses, color="#9bb", linewidth=0.8)
-        axis.plot(steps, smooth(losses), color="#147", linewidth=1.6)
+        axis.plot(steps, losses, color="#9bb", linewidth=0.8, label="of a step")
+        axis.plot(steps, smooth(losses), color="#147", linewidth=1.6, label="smoothed")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axis.legend()
         axis.set(title=name, xlabel="step", ylabel="loss (nats a token)")
         axis.grid(alpha=0.3)
     buffer = io.StringIO()
@@ -139,13 +147,17 @@ def draw_curves(curves: dict[str, Sequence[tuple[int, float]]]) -> str:
     return text[text.index("<svg") :]
 
 
-def smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """Exponential mean, without the pull of its start."""
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
-        out.append(mean / weight)
-    return out
+def smooth(values: Sequence[float], width: float = 3.0) -> list[float]:
+    """Mean of the values on both sides, with the weights of a Gaussian: it does not lag behind a
+    loss that falls.
+
+    Args:
+        values: evenly spaced.
+        width: standard deviation of the Gaussian, in values.
+    """
+    places = np.arange(len(values))
+    weights = np.exp(-0.5 * ((places[:, None] - places) / width) ** 2)
+    return list((weights @ np.asarray(values, float)) / weights.sum(1))
 
 
 def show(media: Media) -> Markup:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmfusion.cli import main as cli
 from mmfusion.tools.quickstart import main
 from mmfusion.tools.quickstart.main import (
     Steps,
@@ -64,7 +65,26 @@ def test_times_of_all_starts_add_up(tmp_path, capsys):
         with pytest.raises(KeyError), steps.next("a step"):
             raise KeyError
     assert list(json.loads((tmp_path / "run" / "times.json").read_text())) == ["a step"]
-    assert "== 1/1 a step" in capsys.readouterr().out
+    assert "== 1/1 a step" in (said := capsys.readouterr().out)
+    assert " s\n" not in said  # the seconds of a step that came to its end
+    with steps.next("another"):
+        pass
+    assert capsys.readouterr().out.endswith("   0 s\n")
+
+
+@pytest.mark.parametrize("step", ["fetch_all", "apart"])
+def test_ctrl_c_outside_of_training_says_how_to_go_on(tmp_path, monkeypatch, capsys, step):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "fetch_all", dict)
+    monkeypatch.setattr(main, step, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli(["quickstart", "--small", f"--run_dir={tmp_path}"])
+    assert stop.value.code == 130
+    said = capsys.readouterr()
+    assert said.err == "\nInterrupted. The same line again goes on.\n"
+    assert said.out.splitlines()[-1].startswith("== ")
 
 
 def test_damaged_files_that_only_inform_do_not_stop_it(tmp_path):

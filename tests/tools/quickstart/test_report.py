@@ -1,10 +1,18 @@
 import csv
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mmfusion.tools.quickstart.figures import print_figures, read_columns, rows, training_figures
-from mmfusion.tools.quickstart.report import Shown, render, smooth
+from mmfusion.tools.quickstart.figures import (
+    BOUNDS_OF_SMALL,
+    print_figures,
+    read_columns,
+    rows,
+    training_figures,
+)
+from mmfusion.tools.quickstart.report import Shown, draw_curves, render, smooth
 from mmfusion.types import Media
 
 EVIL = "<script>alert('x')</script>"
@@ -29,6 +37,7 @@ def figures():
         "choice": {EVIL: figure(0.4, 0.45)},
     }
     return {
+        "checkpoints": {"small": False},
         "captions": {"pictures": caption},
         "shapes": {
             "questions": 8, "pictures": 3, "exact match": figure(0.9, 0.8),
@@ -48,7 +57,7 @@ def page(assets, figures):
     }
     shown = [Shown("talks", (item,), EVIL, f"{EVIL}&", "<b>") for item in media.values()]
     curves = {"stage 1": [(0, 5.0), (1, 4.0), (2, 3.5)]}
-    return render(EVIL, figures, {EVIL: 3.0}, curves, shown)
+    return render(Path("runs") / EVIL, figures, {EVIL: 3.0}, curves, shown)
 
 
 def test_everything_from_data_is_escaped(page):
@@ -71,6 +80,23 @@ def test_page_shows_figures_bounds_and_curves(page):
     assert "--with-baselines" in page
 
 
+def test_page_says_how_to_go_on_and_that_a_small_run_misses_the_bounds(page, figures):
+    assert BOUNDS_OF_SMALL not in page
+    figures["checkpoints"]["small"] = True
+    small = render(Path("runs/my run"), figures, {}, {}, [])
+    assert BOUNDS_OF_SMALL.replace("'", "&#39;") in small
+    assert 'class="small">45 %' in small
+    assert 'class="missed"' not in small
+    assert "mmfusion chat &#39;runs/my run&#39;" in small
+
+
+def test_curves_have_a_legend_and_whole_steps():
+    drawn = draw_curves({"stage 3": [(0, 3.0), (1, 2.0), (2, 1.5)]})
+    assert "<!-- smoothed -->" in drawn
+    assert "<!-- 0 -->" in drawn
+    assert "<!-- 0.5 -->" not in drawn.partition("<!-- step -->")[0]
+
+
 def test_curve_is_drawn_from_the_last_attempt_at_a_step(tmp_path):
     with (tmp_path / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -83,10 +109,14 @@ def test_curve_is_drawn_from_the_last_attempt_at_a_step(tmp_path):
     assert training_figures(tmp_path) == {"steps": 2, "throughput/x_peak": 4.0}
 
 
-def test_smoothing_starts_at_the_first_value():
+def test_smoothing_does_not_lag_behind_a_falling_loss():
+    assert smooth([]) == []
+    assert smooth([4.0]) == [4.0]
     assert smooth([4.0, 4.0, 4.0]) == pytest.approx([4.0] * 3)
-    assert smooth([4.0])[0] == 4.0
-    assert smooth([0.0] * 50 + [1.0] * 100)[-1] > 0.99
+    falling = np.linspace(9.0, 1.0, 81)
+    assert smooth(falling)[20:60] == pytest.approx(falling[20:60])
+    noise = np.random.default_rng(0).standard_normal(500)
+    assert np.std(smooth(noise)) < 0.4
 
 
 def test_printed_table_says_which_bounds_are_missed(figures, capsys):
@@ -95,3 +125,11 @@ def test_printed_table_says_which_bounds_are_missed(figures, capsys):
     assert out.count("NOT REACHED") == 1
     assert out.count(": reached") == 2
     assert len(out.splitlines()) == len(list(rows(figures))) + 1
+
+
+def test_printed_columns_are_below_each_other_whatever_the_names(figures, capsys):
+    figures["captions"]["pictures"]["choice"]["a very " + "long " * 20 + "name"] = figure(0.4, 0.3)
+    print_figures(figures)
+    table = capsys.readouterr().out.splitlines()[:-1]
+    assert len({line.index(" [") for line in table}) == 1
+    assert len({line.index("at least") for line in table if "at least" in line}) == 1
