@@ -295,6 +295,11 @@ class RecipeCommand(LightningCLI):
 
     def _load_run(self) -> None:
         """Give the model the run's trained weights."""
+        if not self.datamodule.val_sources:
+            raise ValueError(
+                f"data.val_sources is empty, so there is nothing to {self.name} on; name the "
+                "sources in the recipe, or as --data.val_sources='{...}'."
+            )
         run = RunDirectory(self.config.run_dir)
         start = self._agree(RESUME_FROM, lambda: find(run.path, self.config.resume))
         if start is None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -22,6 +23,11 @@ class RecipeParser(LightningArgumentParser):
         except (RecipeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{cfg_path}: {error}") from error
 
+    def parse_string(self, content: str, *args: Any, **options: Any) -> Namespace:
+        """Read the text of a recipe, in which no key may come twice."""
+        refuse_repeated_keys(content)
+        return super().parse_string(content, *args, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error for the command to print."""
         if message.strip().startswith("the following arguments are required: model."):
@@ -33,6 +39,43 @@ class RecipeError(ValueError):
     """A recipe or an override that cannot be used."""
 
     exit_code = 2
+
+
+def refuse_repeated_keys(text: str) -> None:
+    """YAML keeps the last of two equal keys without a word.
+
+    Raises:
+        RecipeError: with the key and the lines of both.
+    """
+    try:
+        todo = [(yaml.compose(text, yaml.SafeLoader), "")]
+    except yaml.YAMLError:
+        return  # the parser says what is wrong
+    seen = set()  # an alias stands for its node many times, or inside itself
+    while todo:
+        node, above = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += [(item, f"{above}{i}.") for i, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            _refuse_repeated(node, above)
+            todo += [(value, f"{above}{key.value}.") for key, value in node.value]
+
+
+def _refuse_repeated(mapping: yaml.MappingNode, above: str) -> None:
+    lines: dict[Any, int] = {}
+    for key, _ in mapping.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+            continue
+        line = key.start_mark.line + 1
+        if (key.tag, key.value) in lines:
+            raise RecipeError(
+                f"the key '{above}{key.value}' comes twice, in lines {lines[key.tag, key.value]} "
+                f"and {line}, of which YAML would keep the last; join them."
+            )
+        lines[key.tag, key.value] = line
 
 
 def ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:

@@ -188,10 +188,16 @@ class RunDirectory:
             )
 
 
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return str(hide_secrets(super().format(record)))
+
+
 class Attempt:
     """One start of a run: a context that keeps ``status.json`` and the attempt's log.
 
     Leaving it by an error writes ``failed`` with the reason, by Ctrl-C or a signal ``interrupted``.
+    Keys, tokens and passwords of the environment are hidden in what it writes.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -209,12 +215,12 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         self._handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            _WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s")
         )
         for name in ("mmfusion", "lightning", "py.warnings"):
             logging.getLogger(name).addHandler(self._handler)
         about = {
-            "command": sys.argv,
+            "command": hide_secrets(sys.argv),
             "started": _now(),
             "host": platform.node(),
             "pid": os.getpid(),
@@ -239,7 +245,7 @@ class Attempt:
             self.write("failed", f"{type(error).__name__}: {error}")
             text = "".join(traceback.format_exception(kind, error, trace))
             with (self.path / "log.txt").open("a") as file:
-                file.write(text)
+                file.write(hide_secrets(text))
         for name in ("mmfusion", "lightning", "py.warnings"):
             logging.getLogger(name).removeHandler(self._handler)
         self._handler.close()
@@ -257,7 +263,7 @@ class Attempt:
             "state": state,
             "step": self.step,
             "attempt": self.number,
-            "reason": reason,
+            "reason": hide_secrets(reason),
             "updated": _now(),
         }
         replace_text(self.run.status_file, json.dumps(content, indent=2))

@@ -14,7 +14,8 @@ the source alone, not on ranks or steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ from mmfusion.objectives.base import Loss
 from mmfusion.training.callbacks.table import Answered, log_table
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch, DataError, EncodedSample, SampleRef
+
+log = logging.getLogger(__name__)
 
 
 class Validation(L.Callback):
@@ -71,6 +74,7 @@ class Validation(L.Callback):
         self.max_new_tokens = max_new_tokens
         self.prompts_per_batch = prompts_per_batch
         self._rng: torch.Tensor | None = None
+        self._warned = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fresh sums."""
@@ -120,6 +124,7 @@ class Validation(L.Callback):
         if trainer.sanity_checking:
             return
         figures = self._figures(_stage(trainer))
+        self._warn_of_gaps(figures, trainer)
         figures |= self._answers(trainer, _module(pl_module))
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
         if self._rng is not None:
@@ -146,6 +151,19 @@ class Validation(L.Callback):
                 key = f"{stage}/shuffled_gap/{modality}/{source}".rstrip("/")
                 figures[key] = wrong - right[source]
         return figures
+
+    def _warn_of_gaps(self, figures: Mapping[str, float], trainer: L.Trainer) -> None:
+        """Once, of modalities whose media could not be exchanged."""
+        key = f"{_stage(trainer)}/shuffled_gap/"
+        lacking = [m for m in self._wrong if key + m not in figures]
+        if self.shuffled_gap and lacking and not self._warned:
+            self._warned = True
+            log.warning(
+                "no %s for %s: no validation batch held two samples of one source with such media "
+                "and other answers; raise data.pack_tokens, or add such samples",
+                key[:-1],
+                ", ".join(lacking),
+            )
 
     def _answers(self, trainer: L.Trainer, module: MultimodalModule) -> dict[str, float]:
         """Answer this rank's share of the chosen samples of each source."""

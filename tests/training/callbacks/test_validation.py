@@ -101,6 +101,14 @@ def test_gap_is_wrong_minus_right_of_the_exchanged_samples(
     assert gap == pytest.approx((wrong - right) / tokens, rel=1e-3, abs=1e-5)
 
 
+def test_a_gap_that_cannot_be_measured_is_told(tmp_path: Path, caplog: Any) -> None:
+    source = {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}
+    recipe = write_recipe(tmp_path, data__val_sources={"asked": source}, data__pack_tokens=28)
+    figures = validate(recipe, Validation(generate_samples=0, table_samples=0))[0]
+    assert "val/shuffled_gap/image" not in figures
+    assert "no val/shuffled_gap for image: no validation batch held two samples" in caplog.text
+
+
 def test_only_conversations_are_answered(validated: tuple[dict[str, float], Any, Any]) -> None:
     figures = validated[0]
     assert "val/exact_match/asked" in figures
