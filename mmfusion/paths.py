@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
+_SECRET = re.compile(r"((^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWD)|PASSWORD)$", re.IGNORECASE)
 
 
 def cache_dir() -> Path:
@@ -20,9 +24,15 @@ def expand(path: str | Path) -> str:
     a default.
 
     Raises:
-        ValueError: where a variable in the path is not set.
+        ValueError: where a variable in the path is not set, or is named like a key, token or
+            password: the path is shown in messages.
     """
     text = str(path)
+    if secret := [name for name in _VARIABLE.findall(text) if _SECRET.search(name.strip("{}"))]:
+        raise ValueError(
+            f"path {text!r} names the environment variable {secret[0].strip('{}')}, which by its "
+            "name is a secret; a path is written to logs, so give it by another variable."
+        )
     if "MMFUSION_CACHE" in text and not os.environ.get("MMFUSION_CACHE"):
         text = text.replace("${MMFUSION_CACHE}", str(cache_dir())).replace(
             "$MMFUSION_CACHE", str(cache_dir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -48,12 +49,12 @@ def refuse_repeated_keys(text: str) -> None:
         RecipeError: with the key and the lines of both.
     """
     try:
-        todo = [(yaml.compose(text, yaml.SafeLoader), "")]
+        todo = deque([(yaml.compose(text, yaml.SafeLoader), "")])
     except yaml.YAMLError:
         return  # the parser says what is wrong
     seen = set()  # an alias stands for its node many times, or inside itself
     while todo:
-        node, above = todo.pop()
+        node, above = todo.popleft()
         if id(node) in seen:
             continue
         seen.add(id(node))
@@ -61,7 +62,9 @@ def refuse_repeated_keys(text: str) -> None:
             todo += [(item, f"{above}{i}.") for i, item in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
             _refuse_repeated(node, above)
-            todo += [(value, f"{above}{key.value}.") for key, value in node.value]
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+                todo.append((value, f"{above}{name}."))
 
 
 def _refuse_repeated(mapping: yaml.MappingNode, above: str) -> None:

@@ -1,6 +1,16 @@
 from __future__ import annotations
 
-from mmfusion.training.recipe_parser import ignored_key, with_suggestion
+from pathlib import Path
+
+import pytest
+
+from mmfusion.cli import main
+from mmfusion.training.recipe_parser import (
+    RecipeError,
+    ignored_key,
+    refuse_repeated_keys,
+    with_suggestion,
+)
 
 
 def test_a_key_left_out_for_being_empty_is_found():
@@ -19,3 +29,50 @@ def test_the_whole_key_is_suggested():
     keys = {"pack_tokens": "data.pack_tokens", "data.pack_tokens": "data.pack_tokens"}
     assert with_suggestion("Option 'pack_tokenz' is wrong", keys).endswith("'data.pack_tokens'?")
     assert with_suggestion("Option 'zzz' is wrong", keys) == "Option 'zzz' is wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3\n", r"'a' comes twice, in lines 1 and 3"),
+        ("a:\n- b: {c: 1,\n    'c': 2}\n", r"'a\.0\.b\.c' comes twice, in lines 2 and 3"),
+        ("a: &x {b: 1, b: 2}\nc: *x\n", r"'a\.b' comes twice, in lines 1 and 1"),
+    ],
+)
+def test_a_key_that_comes_twice_is_refused_with_both_lines(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        refuse_repeated_keys(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {b: 1}\nc: {b: 1}\n",
+        "a: &x {b: 1}\nc: {<<: *x, b: 2}\n",
+        "a: &x [*x]\n",
+        "a: [\n",
+        "",
+        "1: a\n'1': b\n",
+        "? [a]\n: 1\n",
+    ],
+)
+def test_keys_that_differ_or_are_merged_may_stand(text: str) -> None:
+    refuse_repeated_keys(text)
+
+
+def test_aliases_of_aliases_are_read_once() -> None:
+    lines = ["x0: &x0 {a: 1}", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60))]
+    refuse_repeated_keys("\n".join([*lines, "? *x59\n: {a: 1}"]))
+
+
+def test_a_second_section_of_a_recipe_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(recipe)])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "twice.yaml: the key 'trainer' comes twice, in lines 1 and 3" in told
+    assert "Traceback" not in told

@@ -1,4 +1,5 @@
 import json
+import logging
 import multiprocessing
 import re
 
@@ -49,6 +50,22 @@ def test_an_error_is_the_reason_and_in_the_log(tmp_path):
     assert status(run)["state"] == "failed"
     assert status(run)["reason"] == "ValueError: broken"
     assert "Traceback" in (attempt.path / "log.txt").read_text()
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_an_attempt(tmp_path, monkeypatch):
+    key = "k" * 20
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr("sys.argv", ["mmfusion", "fit", f"--data.x={key}"])
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ValueError, match=key), run.open(RECIPE):  # noqa: PT012
+        logging.getLogger("mmfusion").warning("nothing in %s", key)
+        raise ValueError(f"no shard matches {key}/x-*.tar")
+    assert status(run)["reason"] == "ValueError: no shard matches (hidden)/x-*.tar"
+    log = (run.path / "attempts/0001/log.txt").read_text()
+    assert "nothing in (hidden)" in log
+    assert "ValueError: no shard matches (hidden)/x-*.tar" in log
+    for path in run.path.rglob("*"):
+        assert not path.is_file() or key not in path.read_text()
 
 
 def test_ctrl_c_is_an_interruption(tmp_path):
