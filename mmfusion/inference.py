@@ -110,7 +110,7 @@ class Chat:
                 ``{"type": "image", "path": ...}`` or ``{"type": "text", "text": ...}``); or a list
                 of conversations, answered together.
             stream: give pieces of text as they come (one conversation only).
-            max_new_tokens: longest answer.
+            max_new_tokens: longest answer; it ends earlier where the LLM has no more positions.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
@@ -122,7 +122,8 @@ class Chat:
         Raises:
             FileNotFoundError: a media path that is not there.
             ValueError: media the model has no encoder for, messages of another shape.
-            mmfusion.types.DataError: media that do not decode.
+            mmfusion.types.DataError: media that do not decode, more tokens than the LLM has
+                positions.
         """
         batch = _is_batch(messages)
         if batch and stream:

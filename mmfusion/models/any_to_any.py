@@ -76,6 +76,7 @@ class AnyToAnyModel(nn.Module):
                 tokenizer=self.llm.tokenizer(),
                 media={m: self._encoder(m).media_processor() for m in self.encoders},
                 num_tokens={m: projector.num_tokens for m, projector in projectors.items()},
+                limits=self.llm.limits(),
             )
         return self._processor
 

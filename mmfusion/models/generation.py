@@ -27,7 +27,7 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
         model: built; in eval mode.
         prompts: one row of B prompts, ``cu_seqlens`` set.
         options: of ``transformers.GenerationMixin.generate`` (``max_new_tokens``, ``do_sample``,
-            ``temperature``, ``streamer``, ...).
+            ``temperature``, ``streamer``, ...). ``max_new_tokens`` ends where learned positions do.
 
     Returns:
         (B, N) new ids; a row that stopped early is filled with the pad token.
@@ -39,6 +39,9 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
             "`generate` in its `model` attribute."
         )
     embeds, mask = pad_left(model.embed(prompts)[0], prompts.cu_seqlens)
+    room = model.llm.limits().room(embeds.shape[1])
+    if room is not None and (asked := options.get("max_new_tokens")):
+        options["max_new_tokens"] = min(asked, room)
     end = end_token_ids(model)
     # Layers compiled for training would be compiled anew for every state of the cache.
     with torch.compiler.set_stance("force_eager"):

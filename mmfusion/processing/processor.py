@@ -20,6 +20,7 @@ from torch import Tensor
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.chat import ChatRenderer
 from mmfusion.processing.images import jpeg_decoder
+from mmfusion.processing.limits import LimitCheck, Limits
 from mmfusion.processing.special_tokens import add_placeholders
 from mmfusion.types import (
     DataError,
@@ -43,6 +44,7 @@ class Processor:
         media: the media processor of each modality.
         num_tokens: for each modality, the LLM tokens that F features become (the input
             projector's ``num_tokens``).
+        limits: of the LLM; None: it takes anything.
 
     Attributes:
         tokenizer: the copy, with ``<image>``, ``<video>`` and ``<audio>`` as special tokens.
@@ -55,6 +57,7 @@ class Processor:
         tokenizer: Any,
         media: Mapping[str, MediaProcessor],
         num_tokens: Mapping[str, Callable[[int], int]],
+        limits: Limits | None = None,
     ) -> None:
         if set(media) != set(num_tokens):
             raise ValueError(
@@ -66,14 +69,16 @@ class Processor:
         self.placeholder_ids = add_placeholders(self.tokenizer, self.media)
         self._num_tokens = dict(num_tokens)
         self._renderer = ChatRenderer(self.tokenizer, list(self.media))
+        free = self.placeholder_ids.values()
+        self._check = LimitCheck(limits or Limits(), self.tokenizer, free)
 
     def plan(self, sample: Sample) -> PlannedSample:
         """Ids, trained mask and media slots, without decoding.
 
         Raises:
             DataError: for a sample that cannot be used.
-            ValueError: for media the model has no encoder for, or a chat template that cannot be
-                trained on.
+            ValueError: for media the model has no encoder for, a chat template that cannot be
+                trained on, or tokens the LLM has no embedding for.
         """
         check_answers(sample.messages)
         self._check_modalities(sample.media)
@@ -82,6 +87,7 @@ class Processor:
         else:
             ids, trained = self._renderer.chat(sample.messages)
         planned = self._expand(ids, trained, sample.media)
+        self._check.length(len(planned), "the sample", "shorten it or take another LLM")
         if not planned.trained.any():
             raise DataError("nothing_trained", "no token of the sample is trained.")
         return planned
@@ -124,11 +130,18 @@ class Processor:
     def prompt(self, messages: Sequence[Message]) -> EncodedSample:
         """A conversation that the model is to go on with: it ends with the generation prompt, and
         nothing is trained.
+
+        Raises:
+            DataError: for media that do not decode, or more tokens than the LLM has positions.
+            ValueError: as :meth:`plan`.
         """
         sample = Sample(tuple(messages))
         self._check_modalities(sample.media)
         ids, trained = self._renderer.chat(messages, generation_prompt=True)
-        return self.finish(sample, self._expand(ids, trained, sample.media))
+        planned = self._expand(ids, trained, sample.media)
+        remedy = "leave earlier messages out, or begin a new conversation (/reset in mmfusion chat)"
+        self._check.length(len(planned), "the conversation", remedy)
+        return self.finish(sample, planned)
 
     def fingerprint(self) -> str:
         """Changes with whatever changes ids, slot counts or media: tokenizer, chat template, media
@@ -161,6 +174,7 @@ class Processor:
         self, ids: Sequence[int], trained: Sequence[bool], items: Sequence[Media]
     ) -> PlannedSample:
         """Repeat each placeholder for the slots of its media item."""
+        self._check.ids(ids)
         modality_of = {index: modality for modality, index in self.placeholder_ids.items()}
         found = [modality_of[index] for index in ids if index in modality_of]
         if found != (expected := [item.modality for item in items]):

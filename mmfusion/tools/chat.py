@@ -130,8 +130,18 @@ class Session:
     def _answer(self, text: str) -> None:
         turn, media = Message("user", (*self.pending, Text(text))), self.pending
         self.pending = []
+        try:
+            answer = self._stream([*self.history, turn])
+        except (ValueError, OSError, RuntimeError) as error:
+            again = " Attach its media again." if media else ""
+            raise ValueError(f"{error}{again}") from error
+        print(flush=True)
+        self.history += [turn, Message("assistant", (Text(answer.strip()),))]
+
+    def _stream(self, messages: list[Message]) -> str:
+        """Show the answer as it comes; Ctrl-C ends it where it is."""
         answer = ""
-        stream = self._chat.generate([*self.history, turn], stream=True, **self._options)
+        stream = self._chat.generate(messages, stream=True, **self._options)
         try:
             for piece in stream:
                 answer += piece
@@ -139,8 +149,4 @@ class Session:
         except KeyboardInterrupt:
             stream.close()
             print(" (stopped)", end="")
-        except (ValueError, OSError, RuntimeError) as error:
-            again = " Attach its media again." if media else ""
-            raise ValueError(f"{error}{again}") from error
-        print(flush=True)
-        self.history += [turn, Message("assistant", (Text(answer.strip()),))]
+        return answer

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 import mmfusion
+from mmfusion.models.projectors.linear import Linear
 from mmfusion.tools.chat import Session
 from mmfusion.types import Media, Text
+from tests.models.tiny import save_llm, tiny_model
 from tests.recipes.tiny_cache import encoders, fill
 from tests.training.tiny import fit, write_recipe
 
@@ -142,6 +145,31 @@ def test_errors_do_not_end_the_session(
     assert "there is no command /picture. Commands: /image PATH" in shown
     assert session.history == []
     session.handle("w1")
+    assert len(session.history) == 2
+
+
+def test_a_conversation_that_outgrows_learned_positions_can_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    save_llm(tmp_path, GPT2Config(**size, eos_token_id=2, initializer_range=0.3))
+    model = tiny_model(tmp_path, {"image": Linear})
+    options = {"max_new_tokens": 50, "suppress_tokens": [0, 1, 2, *range(40, 60)]}  # words only
+    session = Session(mmfusion.inference.Chat(model), options)
+    session.pending.append(Media("image", b"1", "bin"))
+    session.handle("w1 w2 w3")
+    asked = len(model.processor().prompt(session.history[:1]).planned)
+    answer = session.history[1].content[0].text.split()
+    assert asked + len(answer) == 24 + 1, "the last word needs no position: it is never read"
+    assert "error" not in capsys.readouterr().out
+    session.pending.append(Media("image", b"1", "bin"))
+    session.handle("w4")
+    error = capsys.readouterr().out
+    assert "tokens, the LLM takes at most 24;" in error
+    assert "/reset" in error
+    assert error.endswith("Attach its media again.\n")
+    session.handle("/reset")
+    session.handle("w4")
     assert len(session.history) == 2
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmfusion.processing.limits import Limits
+
 
 class LLM(nn.Module, ABC):
     """A causal language model. As with encoders, the constructor reads configuration only and
@@ -23,6 +25,10 @@ class LLM(nn.Module, ABC):
         """The Hugging Face tokenizer with every added token of this recipe. Works before ``build``;
         made once.
         """
+
+    def limits(self) -> Limits:
+        """How many tokens it takes, and which. Works before ``build``."""
+        return Limits()
 
     @abstractmethod
     def build(self, pretrained: bool = True) -> None:

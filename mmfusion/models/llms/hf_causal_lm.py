@@ -4,6 +4,7 @@ OPT and others, from the hub, a folder or a GGUF file.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.loading import checked_path, refuse_missing
+from mmfusion.processing.limits import Limits
 
 
 class HFCausalLM(LLM):
@@ -28,8 +30,8 @@ class HFCausalLM(LLM):
         dtype: of the weights; ``auto`` keeps the checkpoint's.
         attention: ``auto`` takes flash_attention_2 where it is installed and there is a GPU, else
             ``varlen_sdpa``; both keep packed samples apart. Or one of these two by name.
-        new_tokens: tokens added to the vocabulary; their rows start at the mean of all rows and
-            train under :class:`mmfusion.tuning.NewTokens`.
+        new_tokens: tokens added to the vocabulary (or in it without a row in the weights); their
+            rows start at the mean of all rows and train under :class:`mmfusion.tuning.NewTokens`.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         local_files_only: never ask the hub, take what its cache holds.
         trust_remote_code: run the code of the hub repository. Only for repositories you have read.
@@ -70,13 +72,16 @@ class HFCausalLM(LLM):
 
     @property
     def hidden_dim(self) -> int:
-        return int(self.config.get_text_config().hidden_size)
+        config = self.config.get_text_config()
+        # OPT-350M's embeddings and outputs are narrower than its layers.
+        return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
 
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
         vocabulary = tokenizer.get_vocab()
-        if known := [token for token in self.new_tokens if token in vocabulary]:
+        rows = self._rows_of_weights
+        if known := [token for token in self.new_tokens if vocabulary.get(token, rows) < rows]:
             raise ValueError(
                 f"new_tokens {known} are in the vocabulary of {self.path} already; leave them out."
             )
@@ -91,6 +96,23 @@ class HFCausalLM(LLM):
         """Ids of ``new_tokens``, in their order."""
         return cast(list[int], self._tokenizer.convert_tokens_to_ids(self.new_tokens))
 
+    @cached_property
+    def _rows_of_weights(self) -> int:
+        """Rows of the embedding table before new tokens."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def limits(self) -> Limits:
+        config, rows, new = self.config.get_text_config(), self._rows_of_weights, self.new_token_ids
+        beyond = {index for index in self._tokenizer.get_vocab().values() if index >= rows}
+        # Without rotary positions (or ALiBi) it looks positions up in a table that ends.
+        reaches_on = any(getattr(config, name, None) for name in ("rope_parameters", "alibi"))
+        return Limits(
+            tokens=max(0, getattr(config, "max_position_embeddings", None) or 0) or None,
+            hard=not reaches_on,
+            rows=max([rows, *(index + 1 for index in new)]),
+            without_row=frozenset(beyond.difference(new)),
+        )
+
     def build(self, pretrained: bool = True) -> None:
         if self.model is not None:
             return
@@ -100,6 +122,7 @@ class HFCausalLM(LLM):
         implementation = "flash_attention_2" if flash else varlen.NAME
         options = {"dtype": self.dtype, "attn_implementation": implementation}
         self.model = self._load(options) if pretrained else self._random(options)
+        _check_shape(self)
         if self.new_tokens:
             self._add_rows()
         if self.gradient_checkpointing:
@@ -119,7 +142,8 @@ class HFCausalLM(LLM):
         if options["dtype"] == "auto":
             options["dtype"] = self.config.dtype or torch.float32
         trust = self._source["trust_remote_code"]
-        return AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust, **options)
+        config = copy.deepcopy(self.config)  # new rows change the model's own
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
 
     @torch.no_grad()
     def _add_rows(self) -> None:
@@ -132,7 +156,8 @@ class HFCausalLM(LLM):
             self.model.resize_token_embeddings(needed, mean_resizing=False)
         known = min(old, min(self.new_token_ids))
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            module.weight[self.new_token_ids] = (
+            # Also rows between, of tokens in the vocabulary that the weights have no row for.
+            module.weight[[*self.new_token_ids, *range(old, needed)]] = (
                 module.weight[:known].float().mean(0).to(module.weight.dtype)
             )
 
@@ -195,6 +220,22 @@ class HFCausalLM(LLM):
 def _rows(table: nn.Module) -> int:
     """Rows of an embedding, also where PEFT wraps it."""
     return len(cast(nn.Embedding, getattr(table, "base_layer", table)).weight)
+
+
+def _check_shape(llm: HFCausalLM) -> None:
+    """Refuse a family whose decoder cannot be run on embeddings of ``hidden_dim``."""
+    name = type(llm.model).__name__
+    if llm.model.base_model is llm.model:
+        raise ValueError(
+            f"{llm.path} is a {name}, which transformers does not let run without its head; take "
+            "another family."
+        )
+    width = llm.model.get_input_embeddings().embedding_dim
+    if width != llm.hidden_dim:
+        raise ValueError(
+            f"{llm.path} ({name}) has embeddings of width {width} and hidden states of width "
+            f"{llm.hidden_dim}; expected the same. Take another family."
+        )
 
 
 @torch.no_grad()

