@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mmfusion.paths import expand
+
+DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, OSError)
+"""What loaders raise on damaged files."""
 
 
 def checked_path(path: str, needed_file: str) -> str:
@@ -26,6 +34,56 @@ def checked_path(path: str, needed_file: str) -> str:
             f"no folder {text} (from path: {path}); give a folder or a hub id such as org/name."
         )
     return text
+
+
+class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
+    """Names the damaged file where loading from a folder fails; other errors pass.
+
+    Args:
+        path: the folder, or a hub id.
+
+    Raises:
+        ValueError: instead of what the readers of JSON, tokenizers and safetensors raise, which
+            name no file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The tokenizers package raises plain Exceptions.
+        if not isinstance(error, DAMAGE) and kind is not Exception:
+            return
+        for file, why in damaged_files(Path(self._path)):
+            raise ValueError(
+                f"{file} ({file.stat().st_size} bytes) cannot be read: {why}. Is it cut off? Get "
+                "it again."
+            ) from error
+        if not isinstance(error, OSError):
+            raise ValueError(
+                f"{self._path} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+
+
+def damaged_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """JSON and safetensors files that cannot be read, and why."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except (ValueError, OSError, SafetensorError) as error:
+            yield file, str(error)
 
 
 def refuse_missing(info: dict[str, Any], path: str, model: str) -> None:

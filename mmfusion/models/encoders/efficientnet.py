@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.loading import reading
 from mmfusion.paths import expand
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import decode_image, pad_to_square, resize
@@ -100,7 +101,9 @@ class EfficientNetLite(Encoder):
                 f"{file} is not there; `mmfusion quickstart` fetches it, or point path to a folder "
                 "with the weights of efficientnet_lite_pytorch as model.safetensors."
             )
-        missing, unexpected = self.net.load_state_dict(load_file(file), strict=False)
+        with reading(file.parent):
+            weights = load_file(file)
+        missing, unexpected = self.net.load_state_dict(weights, strict=False)
         unexpected = [name for name in unexpected if not name.startswith("_fc.")]
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:

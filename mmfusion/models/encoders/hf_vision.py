@@ -17,7 +17,7 @@ from transformers import MODEL_MAPPING
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmfusion.models.encoders.base import Encoder, read_config
-from mmfusion.models.loading import checked_path, refuse_missing
+from mmfusion.models.loading import checked_path, reading, refuse_missing
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import center_crop, decode_image, resize
 from mmfusion.types import Media, MediaTensors
@@ -102,15 +102,16 @@ class HFVision(Encoder):
         if self.model is not None:
             return
         if pretrained:
-            self.model, info = self._class.from_pretrained(
-                self.path,
-                revision=self.revision,
-                trust_remote_code=False,
-                config=self.config,
-                dtype=self.dtype,
-                output_loading_info=True,
-                **self._without_pooling,
-            )
+            with reading(self.path):
+                self.model, info = self._class.from_pretrained(
+                    self.path,
+                    revision=self.revision,
+                    trust_remote_code=False,
+                    config=self.config,
+                    dtype=self.dtype,
+                    output_loading_info=True,
+                    **self._without_pooling,
+                )
             refuse_missing(info, self.path, self._class.__name__)
         else:
             dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)

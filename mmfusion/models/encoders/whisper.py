@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.audio_utils import mel_filter_bank
 
 from mmfusion.models.encoders.base import Encoder, read_config
-from mmfusion.models.loading import checked_path, refuse_missing
+from mmfusion.models.loading import checked_path, reading, refuse_missing
 from mmfusion.processing.audios import audio_seconds, decode_audio
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Media, MediaTensors
@@ -86,15 +86,16 @@ class WhisperEncoder(Encoder):
         from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
         if pretrained:
-            self.encoder, info = HFWhisperEncoder.from_pretrained(
-                self.path,
-                revision=self.revision,
-                trust_remote_code=False,
-                config=self.config,
-                dtype=self.dtype,
-                key_mapping={r"^(model\.)?encoder\.": ""},
-                output_loading_info=True,
-            )
+            with reading(self.path):
+                self.encoder, info = HFWhisperEncoder.from_pretrained(
+                    self.path,
+                    revision=self.revision,
+                    trust_remote_code=False,
+                    config=self.config,
+                    dtype=self.dtype,
+                    key_mapping={r"^(model\.)?encoder\.": ""},
+                    output_loading_info=True,
+                )
             refuse_missing(info, self.path, "WhisperEncoder")
         else:
             dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.base import LLM
-from mmfusion.models.loading import checked_path, refuse_missing
+from mmfusion.models.loading import checked_path, reading, refuse_missing
 from mmfusion.processing.limits import Limits
 
 
@@ -78,7 +78,8 @@ class HFCausalLM(LLM):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
+        with reading(self.path):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
         vocabulary = tokenizer.get_vocab()
         rows = self._rows_of_weights
         if known := [token for token in self.new_tokens if vocabulary.get(token, rows) < rows]:
@@ -132,9 +133,10 @@ class HFCausalLM(LLM):
     def _load(self, options: dict[str, Any]) -> Any:
         if "gguf_file" in self._source:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.path, output_loading_info=True, **options, **self._source
-        )
+        with reading(self.path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path, output_loading_info=True, **options, **self._source
+            )
         refuse_missing(info, self.path, type(model).__name__)
         return model
 

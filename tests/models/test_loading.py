@@ -1,0 +1,75 @@
+"""What a folder with damaged files says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+from transformers import WhisperForConditionalGeneration
+
+from mmfusion.models.encoders.efficientnet import EfficientNetLite
+from mmfusion.models.encoders.hf_vision import HFVision
+from mmfusion.models.encoders.whisper import WhisperEncoder
+from mmfusion.models.llms.hf_causal_lm import HFCausalLM
+from mmfusion.models.loading import damaged_files, reading
+from tests.models.encoders.test_whisper import config as whisper_config
+from tests.models.tiny import save_clip, save_llm
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "garbage": lambda data: b"\x93garbage" * 50,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"]
+)
+def test_a_damaged_file_of_an_llm_is_named(tmp_path: Path, file: str, damage: str) -> None:
+    llm = HFCausalLM(save_llm(tmp_path))
+    whole = tmp_path / file
+    whole.write_bytes(DAMAGES[damage](whole.read_bytes()))
+    with pytest.raises((ValueError, OSError), match=file) as error:
+        llm.build(pretrained=bool(llm.tokenizer()))
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_of_an_encoder_are_named(tmp_path: Path, damage: str) -> None:
+    for name in ("vision", "whisper", "efficientnet"):
+        (tmp_path / name).mkdir()
+    save_clip(tmp_path / "vision")
+    WhisperForConditionalGeneration(whisper_config()).save_pretrained(tmp_path / "whisper")
+    weights = (tmp_path / "vision" / "model.safetensors").read_bytes()
+    for encoder in (
+        HFVision(str(tmp_path / "vision")),
+        WhisperEncoder(str(tmp_path / "whisper"), max_seconds=2.0),
+        EfficientNetLite(str(tmp_path / "efficientnet")),
+    ):
+        file = Path(encoder.path) / "model.safetensors"
+        file.write_bytes(DAMAGES[damage](weights))
+        with pytest.raises(ValueError, match=rf"{file} \(\d+ bytes\) cannot be read"):
+            encoder.build()
+
+
+def test_a_tokenizer_of_another_make_names_its_folder(tmp_path: Path) -> None:
+    llm = HFCausalLM(save_llm(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    file.write_text(json.dumps({**tokenizer, "model": {"type": "Runes"}}))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded: "):
+        llm.tokenizer()
+
+
+def test_an_error_without_a_damaged_file_passes(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no json")
+    for error in (OSError("disk"), RuntimeError("memory"), ValueError("unknown model")):
+        with pytest.raises(type(error), match=str(error)), reading(tmp_path):
+            raise error
+    with pytest.raises(ValueError, match="cannot be loaded: SafetensorError: x"), reading("org/a"):
+        raise SafetensorError("x")
+    assert not list(damaged_files(tmp_path))
