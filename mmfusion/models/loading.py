@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmfusion.paths import expand
 
-DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, OSError)
+DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, LookupError, OSError)
 """What loaders raise on damaged files."""
 
 
@@ -41,14 +41,15 @@ class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
 
     Args:
         path: the folder, or a hub id.
+        gguf_file: name of a GGUF file in the folder, which is read then.
 
     Raises:
         ValueError: instead of what the readers of JSON, tokenizers and safetensors raise, which
             name no file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
+    def __init__(self, path: str | Path, gguf_file: str | None = None) -> None:
+        self._path, self._gguf_file = path, gguf_file
 
     def __enter__(self) -> None:
         return None
@@ -59,31 +60,43 @@ class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # The tokenizers package raises plain Exceptions.
-        if not isinstance(error, DAMAGE) and kind is not Exception:
+        # The tokenizers package raises plain Exceptions, the gguf package plain ValueErrors.
+        plain = kind is Exception or (kind is ValueError and self._gguf_file is not None)
+        if not isinstance(error, DAMAGE) and not plain:
             return
-        for file, why in damaged_files(Path(self._path)):
+        for file, why in damaged_files(Path(self._path), self._gguf_file):
             raise ValueError(
                 f"{file} ({file.stat().st_size} bytes) cannot be read: {why}. Is it cut off? Get "
                 "it again."
             ) from error
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) and kind is not ValueError:
             raise ValueError(
                 f"{self._path} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
 
 
-def damaged_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """JSON and safetensors files that cannot be read, and why."""
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+def damaged_files(folder: Path, gguf_file: str | None = None) -> Iterator[tuple[Path, str]]:
+    """JSON, safetensors and the GGUF file that cannot be read, and why."""
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    if gguf_file is not None and folder.is_dir():
+        files.append(folder / gguf_file)
+    for file in files:
         try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            else:
-                with safe_open(file, "pt"):
-                    pass
-        except (ValueError, OSError, SafetensorError) as error:
+            _read(file)
+        except (ValueError, LookupError, OSError, SafetensorError) as error:
             yield file, str(error)
+
+
+def _read(file: Path) -> None:
+    if file.suffix == ".json":
+        json.loads(file.read_bytes())
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass
+    else:
+        from gguf import GGUFReader
+
+        GGUFReader(file)
 
 
 def refuse_missing(info: dict[str, Any], path: str, model: str) -> None:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from safetensors import SafetensorError
 from transformers import WhisperForConditionalGeneration
 
@@ -54,6 +56,23 @@ def test_damaged_weights_of_an_encoder_are_named(tmp_path: Path, damage: str) ->
         file.write_bytes(DAMAGES[damage](weights))
         with pytest.raises(ValueError, match=rf"{file} \(\d+ bytes\) cannot be read"):
             encoder.build()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_gguf_file_is_named(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "a.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_tensor("token_embd.weight", np.ones((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert not list(damaged_files(tmp_path, "a.gguf"))
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    llm = HFCausalLM(str(tmp_path), gguf_file="a.gguf")
+    for use in (llm.tokenizer, llm.build):
+        with pytest.raises(ValueError, match=rf"{file} \(\d+ bytes\) cannot be read|{file} does"):
+            use()
 
 
 def test_a_tokenizer_of_another_make_names_its_folder(tmp_path: Path) -> None:

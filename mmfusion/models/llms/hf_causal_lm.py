@@ -68,7 +68,8 @@ class HFCausalLM(LLM):
     @cached_property
     def config(self) -> Any:
         """The model's transformers configuration."""
-        return AutoConfig.from_pretrained(self.path, **self._source)
+        with reading(self.path, self._source.get("gguf_file")):
+            return AutoConfig.from_pretrained(self.path, **self._source)
 
     @property
     def hidden_dim(self) -> int:
@@ -78,7 +79,7 @@ class HFCausalLM(LLM):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        with reading(self.path):
+        with reading(self.path, self._source.get("gguf_file")):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
         vocabulary = tokenizer.get_vocab()
         rows = self._rows_of_weights
@@ -133,7 +134,7 @@ class HFCausalLM(LLM):
     def _load(self, options: dict[str, Any]) -> Any:
         if "gguf_file" in self._source:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        with reading(self.path):
+        with reading(self.path, self._source.get("gguf_file")):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.path, output_loading_info=True, **options, **self._source
             )
