@@ -46,15 +46,21 @@ TOOLS = {
     ),
 }
 TRACEBACK = "MMFUSION_TRACEBACK"
-KERNEL_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-"""Packs differ in length, and oneDNN (PyTorch on CPUs) keeps 1024 kernels: it would make them again
-and again."""
+ON_CPUS = {
+    # Packs differ in length, and oneDNN keeps 1024 kernels: it would make them again and again.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
+    # Threads that wait for one another spin, and keep a busy core from the one they wait for.
+    "GOMP_SPINCOUNT": "10000",
+}
+"""Read by PyTorch's libraries when they are loaded; what the user has set stays."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line (default: this process's)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault(*KERNEL_CACHE)
+    for name, value in ON_CPUS.items():
+        if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault(name, value)
     show_traceback = os.environ.get(TRACEBACK, "") not in ("", "0")
     if "--traceback" in args:
         args.remove("--traceback")

@@ -1,5 +1,6 @@
 """The command line: what it says about mistakes, and what it does not import."""
 
+import ast
 import inspect
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from mmfusion.cli import TOOLS, from_recipe, load_module, main, usage
+from mmfusion.cli import ON_CPUS, TOOLS, from_recipe, load_module, main, usage
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.training.command import RecipeCommand
@@ -145,6 +146,21 @@ def test_nothing_to_evaluate_on_is_an_error(home, command, tmp_path, capsys):
     recipe = write_recipe(home, run_dir=str(tmp_path / "run"))
     assert "data.val_sources is empty" in fails(capsys, command, "-c", recipe)[1]
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_user_says_of_threads_and_kernels_stays():
+    code = "from mmfusion.cli import main; import os; main(['--version']); print(dict(os.environ))"
+    for given, spins in (
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+    ):
+        clean = {k: v for k, v in os.environ.items() if k not in {*ON_CPUS, "OMP_WAIT_POLICY"}}
+        program = [sys.executable, "-c", code]
+        done = subprocess.run(program, env=clean | given, capture_output=True, text=True)
+        found = ast.literal_eval(done.stdout.splitlines()[-1])
+        assert found.get("GOMP_SPINCOUNT") == spins
+        assert found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16384"
 
 
 def test_without_a_recipe_it_is_asked_for(capsys):
