@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mmfusion.paths import expand
+from mmfusion.paths import cache_dir, expand
 
 DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, LookupError, OSError)
 """What loaders raise on damaged files."""
@@ -30,8 +30,11 @@ def checked_path(path: str, needed_file: str) -> str:
             raise FileNotFoundError(f"{text} has no {needed_file}; it holds {found}.")
         return text
     if text.startswith(("/", ".", "~")) or text != path or text.count("/") > 1:
+        fetched = Path(text).is_relative_to(cache_dir() / "weights")
+        hint = " `mmfusion quickstart` fetches its own weights to there." if fetched else ""
         raise FileNotFoundError(
             f"no folder {text} (from path: {path}); give a folder or a hub id such as org/name."
+            + hint
         )
     return text
 

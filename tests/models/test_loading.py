@@ -16,7 +16,7 @@ from mmfusion.models.encoders.efficientnet import EfficientNetLite
 from mmfusion.models.encoders.hf_vision import HFVision
 from mmfusion.models.encoders.whisper import WhisperEncoder
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
-from mmfusion.models.loading import damaged_files, reading
+from mmfusion.models.loading import checked_path, damaged_files, reading
 from tests.models.encoders.test_whisper import config as whisper_config
 from tests.models.tiny import save_clip, save_llm
 
@@ -92,3 +92,11 @@ def test_an_error_without_a_damaged_file_passes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded: SafetensorError: x"), reading("org/a"):
         raise SafetensorError("x")
     assert not list(damaged_files(tmp_path))
+
+
+def test_missing_weights_of_the_quickstart_name_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMFUSION_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="`mmfusion quickstart` fetches"):
+        checked_path("$MMFUSION_CACHE/weights/none", "config.json")
+    with pytest.raises(FileNotFoundError, match=r"such as org/name\.$"):
+        checked_path(str(tmp_path / "none"), "config.json")
