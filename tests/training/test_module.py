@@ -16,6 +16,7 @@ from tests.models.tiny import save_llm
 from tests.training.tiny import HERE, fit, losses, write_recipe
 
 PROJECTORS = {"input_projectors": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}}
+TINY = {"class_path": "tests.training.tiny.TinyConverter"}
 NO_WARMUP = {"warmup_steps": 0}
 LORA = {"llm": {"class_path": "mmfusion.tuning.LoRA", "init_args": {"r": 2, "lr": 1e-2}}}
 
@@ -260,6 +261,7 @@ def test_weights_that_would_mean_something_else_are_refused(
             model__schedule=NO_WARMUP,
             model__llm=llm_with(folder, *tokens),
             model__tuning={**PROJECTORS, "llm": policies},
+            data__val_sources={"val": {"shards": f"{folder}/val-*.tar", "converter": TINY}},
             **more,
         )
 
