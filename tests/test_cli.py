@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from mmfusion.data.datamodule import MultimodalData
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.training.command import RecipeCommand
 from tests.training.tiny import write_recipe
+
+CONVERTER = {"class_path": "tests.training.tiny.TinyConverter"}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,14 @@ def test_a_mistake_is_one_message(recipe, args, said, tmp_path, capsys):
     code, error = fails(capsys, "fit", "-c", recipe, f"--run_dir={tmp_path}/run", *args)
     assert code in (1, 2)
     assert said in error
+
+
+def test_missing_shards_are_told_before_a_run_is_made(recipe, tmp_path, capsys):
+    for key in ("sources", "val_sources"):
+        source = {"none": {"shards": "nowhere/*.tar", "converter": CONVERTER}}
+        option = f"--data.{key}={json.dumps(source)}"
+        assert "nowhere" in fails(capsys, "fit", "-c", recipe, f"--run_dir={tmp_path}/r", option)[1]
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path, capsys):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,6 +154,8 @@ def _open(data: bytes, format: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise DataError("too_many_pixels", f"{error}; at most {max_pixels} are decoded.") from error
+    except UnidentifiedImageError as error:
+        raise _corrupt(format, "it is no picture") from error
     except _CORRUPT as error:
         raise _corrupt(format, error) from error
     _check_pixels(image.height, image.width, max_pixels)
@@ -169,7 +171,7 @@ def _check_pixels(height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def _corrupt(format: str, error: BaseException) -> DataError:
+def _corrupt(format: str, error: BaseException | str) -> DataError:
     name = f"{format} image" if format else "image"
     return DataError("corrupt_image", f"the {name} does not decode ({error}); expected {FORMATS}.")
 

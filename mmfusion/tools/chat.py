@@ -119,7 +119,8 @@ class Session:
             raise ValueError(f"{problem}{modality}. {self.help()}")
         if not path:
             raise ValueError(f"/{modality} needs the path of a file.")
-        media = read_media(path.strip("'\""), modality)
+        path = path.strip("'\"")
+        media = read_media(path, modality)
         try:
             self._chat.processor.media[modality](media)  # decodes it: is it such a file at all
         except DataError as error:

@@ -24,7 +24,14 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 """Types of values that are read without running code, beside tensors and their containers."""
 UNFINISHED = ".*.tmp"
 """What a killed save leaves behind."""
-REQUIRED_KEYS = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states")
+REQUIRED_KEYS = (
+    "state_dict",
+    "global_step",
+    "loops",
+    "callbacks",
+    "optimizer_states",
+    "pytorch-lightning_version",
+)
 
 
 class AtomicCheckpointIO(CheckpointIO):

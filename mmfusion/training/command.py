@@ -230,6 +230,10 @@ class RecipeCommand(LightningCLI):
             chosen = self._agree(INIT_FROM, lambda: complete_checkpoint(earlier, "model.init_from"))
             self.model.init_from = str(chosen)
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
+        if leads:
+            data = self.datamodule
+            for source in (*data.sources.values(), *data.val_sources.values()):
+                _ = source.weight and source.shards  # refused here, before anything is made
         with run.open(recipe) if leads else nullcontext() as attempt:
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)

@@ -90,6 +90,9 @@ def why_incomplete(path: str | Path) -> str | None:
         return f"holds a {type(content).__name__}, not a run's state"
     if missing := [key for key in REQUIRED_KEYS if key not in content]:
         return f"has no {', '.join(missing)}"
+    for key in ("state_dict", "callbacks"):
+        if not isinstance(content[key], dict):
+            return f"has a {type(content[key]).__name__} as its {key}, not a dict"
     match = STEP_NAME.fullmatch(path.name)
     if match and int(match[1]) != content["global_step"]:
         return f"holds step {content['global_step']}"

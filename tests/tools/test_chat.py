@@ -63,7 +63,8 @@ def test_answers_are_those_of_generate_with_history_and_media(
 ) -> None:
     (tmp_path / "a.bin").write_bytes(b"\5\6")
     session.handle("w1")
-    session.handle(f"/image {tmp_path / 'a.bin'}")
+    session.handle(f"/image '{tmp_path / 'a.bin'}'")
+    assert "(image a.bin goes with" in capsys.readouterr().out
     session.handle("w2")
     assert [message.role for message in session.history] == ["user", "assistant"] * 2
     assert session.history[2].content[0] == Media("image", b"\5\6", "bin")

@@ -46,6 +46,7 @@ def test_a_checkpoint_gives_the_same_rows_and_refuses_earlier_steps(folders, tmp
 def save(path, callbacks, step=5):
     path.parent.mkdir(exist_ok=True)
     rest = {"state_dict": {}, "global_step": step, "loops": {}, "optimizer_states": []}
+    rest["pytorch-lightning_version"] = "2.6.6"
     torch.save({**rest, "callbacks": callbacks}, path)
 
 

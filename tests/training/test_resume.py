@@ -18,6 +18,7 @@ def save(run, step, **changes):
         "loops": {},
         "callbacks": {},
         "optimizer_states": [],
+        "pytorch-lightning_version": "2.6.6",
         **changes,
     }
     torch.save({key: value for key, value in content.items() if value is not None}, path)
@@ -72,6 +73,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, c
 def test_a_file_of_another_step_or_without_our_keys_is_not_complete(tmp_path):
     assert "holds step 5" in why_incomplete(save(tmp_path, 20, global_step=5))
     assert "has no loops" in why_incomplete(save(tmp_path, 30, loops=None))
+    unversioned = {"pytorch-lightning_version": None}
+    assert "has no pytorch-lightning_version" in why_incomplete(save(tmp_path, 31, **unversioned))
+    assert "has a list as its state_dict" in why_incomplete(save(tmp_path, 32, state_dict=[1]))
 
 
 def test_no_complete_checkpoint_is_an_error_not_step_0(tmp_path):

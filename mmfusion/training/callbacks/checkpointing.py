@@ -32,6 +32,11 @@ class RunInterrupted(SystemExit):
         return f"interrupted after step {self.step}, saved; the same command goes on from here"
 
 
+STOPPING = b"""
+stopping: the step under way, or the next one, is finished and saved first; once more stops at once
+"""
+
+
 class RunCheckpoint(Checkpoint):
     """Saves the run every ``every_n_steps`` optimizer steps, at its end and when it is asked to
     stop.
@@ -152,7 +157,7 @@ class RunCheckpoint(Checkpoint):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
+        os.write(2, STOPPING)
         signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
         # A second one ends at once; Lightning's own handler would wait for the other ranks.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
