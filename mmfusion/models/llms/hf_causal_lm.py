@@ -262,12 +262,12 @@ def _check(llm: HFCausalLM) -> None:
     llm.model.train(training)
     name = type(llm.model).__name__
     if _distance(own, family) > 0.05:
-        raise NotImplementedError(
+        raise ValueError(
             f"{name} computes its logits in a way HFCausalLM.logits does not know (relative "
             f"difference {_distance(own, family):.3g}); add its scaling there."
         )
     if _distance(hidden, alone) > 0.05:
-        raise NotImplementedError(
+        raise ValueError(
             f"{name} lets packed samples see each other (relative difference "
             f"{_distance(hidden, alone):.3g}): its attention ignores the sample borders. Take "
             "another family, or teach mmfusion.models.llms.attention this one."

@@ -352,7 +352,7 @@ def test_an_unknown_scaling_of_the_logits_is_refused(
 ) -> None:
     llm = HFCausalLM(save_llm(tmp_path, GraniteConfig(**SIZE, logits_scaling=4.0)))
     monkeypatch.setattr(type(llm), "logits", lambda self, h: self.model.lm_head(h))
-    with pytest.raises(NotImplementedError, match="computes its logits in a way"):
+    with pytest.raises(ValueError, match="computes its logits in a way"):
         llm.build()
 
 
@@ -366,7 +366,7 @@ def test_attention_that_ignores_the_borders_is_refused(
         "_borders",
         lambda self, embeds, cu: {} if cu is None else {"cu_seq_lens_q": everything},
     )
-    with pytest.raises(NotImplementedError, match="packed samples see each other"):
+    with pytest.raises(ValueError, match="packed samples see each other"):
         llm.build()
 
 
