@@ -3,8 +3,7 @@ frozen.
 
 A part is a submodule path of :class:`AnyToAnyModel`: ``llm``, ``input_projectors``,
 ``encoders.image``. :func:`apply` puts the policies on a built model and gives the optimizer's
-parameter groups; :func:`audit` prints what trains and refuses a recipe that cannot be meant;
-:func:`check_reaches_loss` refuses a parameter that no loss reaches.
+parameter groups.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -136,7 +132,7 @@ class LoRA(Policy):
         self.train = train
 
     def attach(self, name: str, part: nn.Module) -> Named:
-        if not _parameters_with("lora_", part):
+        if not parameters_with("lora_", part):
             config = LoraConfig(
                 r=self.r,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes floats too
@@ -145,14 +141,14 @@ class LoRA(Policy):
                 use_rslora=self.use_rslora,
             )
             inject_adapter_in_model(config, part)
-        adapters = _in_fp32(_parameters_with("lora_", part))
+        adapters = _in_fp32(parameters_with("lora_", part))
         return adapters if self.train else {}
 
     def _matched(self, name: str, part: nn.Module) -> list[str]:
         """Names of the targeted linear layers in the part."""
         layers = _linear_layers(part)
         if self.targets == "all-linear":
-            heads = [m.get_output_embeddings() for m in _pretrained(part)]
+            heads = [m.get_output_embeddings() for m in pretrained_models(part)]
             skip = {module for head in heads if head is not None for module in head.modules()}
             found = [key for key, module in layers.items() if module not in skip]
             missed = [] if found else ["all-linear"]
@@ -187,25 +183,25 @@ class NewTokens(Policy):
         self.train = train
 
     def attach(self, name: str, part: nn.Module) -> Named:
-        if not (ids := _new_token_ids(part)):
+        if not (ids := new_token_ids(part)):
             raise TuningError(
                 f"tuning.{name}: NewTokens finds no new tokens there; list them in the LLM's "
                 "new_tokens, and put the policy on the LLM."
             )
-        if not _parameters_with("trainable_tokens_delta", part):
-            model = _pretrained(part)[0]
+        if not parameters_with("trainable_tokens_delta", part):
+            model = pretrained_models(part)[0]
             tables = [model.get_input_embeddings()]
             if not model.config.get_text_config().tie_word_embeddings:
                 tables.append(model.get_output_embeddings())
             names = [key for key, m in model.named_modules() if any(m is t for t in tables)]
-            if odd := [type(t).__name__ for t in tables if _parameters_with("lora_", t)]:
+            if odd := [type(t).__name__ for t in tables if parameters_with("lora_", t)]:
                 raise TuningError(
                     f"tuning.{name}: LoRA and NewTokens both act on {names} ({odd}), which PEFT "
                     "cannot combine; leave embeddings and output head out of LoRA's targets."
                 )
             config = TrainableTokensConfig(token_indices=ids, target_modules=names)
             inject_adapter_in_model(config, model)
-        rows = _in_fp32(_parameters_with("trainable_tokens_delta", part))
+        rows = _in_fp32(parameters_with("trainable_tokens_delta", part))
         return rows if self.train else {}
 
 
@@ -265,225 +261,6 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-@dataclass(frozen=True)
-class AuditRow:
-    """One part of the model."""
-
-    part: str
-    kind: str
-    parameters: int
-    trainable: int
-    dtype: str
-    lr: str
-
-
-@dataclass(frozen=True)
-class AuditTable:
-    """What trains, part by part; ``str`` draws it, ``rows`` go to the logger."""
-
-    rows: list[AuditRow]
-
-    def __str__(self) -> str:
-        head = ("part", "class", "parameters", "trainable", "dtype", "lr")
-        lines = [head, *((r.part, r.kind, f"{r.parameters:,}", f"{r.trainable:,}", r.dtype, r.lr)
-                 for r in self.rows)]  # fmt: skip
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if index in (2, 3) else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-
-
-def audit(
-    model: AnyToAnyModel, groups: Sequence[ParamGroup], loaded: Collection[str] = ()
-) -> AuditTable:
-    """The table of what trains.
-
-    Args:
-        model: after :func:`apply`.
-        groups: what :func:`apply` gave.
-        loaded: names of the parameters that came from ``init_from``.
-
-    Raises:
-        TuningError: where nothing trains, what trains is not what the optimizer holds, or new
-            tokens, an input projector or adapters neither train nor were loaded.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    held = {parameter for group in groups for parameter in group["params"]}
-    trains = {parameter for parameter in names if parameter.requires_grad}
-    if not trains:
-        raise TuningError(
-            "nothing trains: every part is frozen. Name a part in tuning, for example "
-            "input_projectors: {class_path: mmfusion.tuning.Full, init_args: {lr: 1.0e-3}}."
-        )
-    if held != trains:
-        odd = sorted(names.get(p, "a parameter that left the model") for p in held ^ trains)
-        raise TuningError(
-            f"{len(odd)} parameters train without being in the optimizer, or the reverse: "
-            f"{odd[:5]}; nothing may change requires_grad after tuning.apply."
-        )
-    _check_new_tokens(model, loaded)
-    _check_not_random(model, loaded)
-    parts = [
-        *((f"encoders.{name}", module) for name, module in model.encoders.items()),
-        *((f"input_projectors.{name}", module) for name, module in model.input_projectors.items()),
-        ("llm", model.llm),
-    ]
-    return AuditTable([_row(name, part, groups) for name, part in parts])
-
-
-def _row(name: str, part: nn.Module, groups: Sequence[ParamGroup]) -> AuditRow:
-    parameters = list(part.parameters())
-    own = set(parameters)
-    rates = {f"{g['lr']:g}": None for g in groups if own & set(g["params"])}
-    dtypes = {str(p.dtype).removeprefix("torch."): None for p in parameters}
-    return AuditRow(
-        part=name,
-        kind=type(part).__name__,
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        dtype=", ".join(dtypes) or "-",
-        lr=", ".join(rates) or "-",
-    )
-
-
-def _check_new_tokens(model: AnyToAnyModel, loaded: Collection[str]) -> None:
-    """New tokens must train or come from ``init_from``; else they stay the mean row for good."""
-    if not (ids := _new_token_ids(model.llm)):
-        return
-    lost = [
-        name
-        for name, parameter in _token_tables(model).items()
-        if not parameter.requires_grad and name not in loaded
-    ]
-    if lost:
-        raise TuningError(
-            f"the LLM has {len(ids)} new tokens, but their rows ({lost}) neither train nor were "
-            "loaded from init_from; add mmfusion.tuning.NewTokens to tuning.llm, or drop "
-            "new_tokens."
-        )
-
-
-def _token_tables(model: AnyToAnyModel) -> Named:
-    """Where the rows of new tokens are, in embeddings and output head: PEFT's rows, else the whole
-    table. By name in the model.
-    """
-    tables: dict[nn.Parameter, str] = {}
-    pretrained = _pretrained(model.llm)[0]
-    owners = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for owner in owners:
-        rows = list(_parameters_with("trainable_tokens_delta", owner).values())
-        for parameter in rows or [owner.weight]:
-            tables[parameter] = names[parameter]
-    return {name: parameter for parameter, name in tables.items()}
-
-
-def take_rows(model: nn.Module, loaded: Collection[str]) -> set[str]:
-    """Call when an earlier stage was loaded: where it trained whole tables and here PEFT has the
-    rows of new tokens, these are the tables' rows.
-
-    Args:
-        model: after :func:`apply`.
-        loaded: names of what was loaded.
-
-    Returns:
-        Names of the rows that were taken.
-    """
-    taken = set()
-    for prefix, layer in model.named_modules():
-        if not isinstance(layer, TrainableTokensLayer):
-            continue
-        table = layer.get_base_layer().weight
-        rows = _parameters_with("trainable_tokens_delta", layer)
-        names = {f"{prefix}.{name}" for name in rows}
-        if f"{prefix}.base_layer.weight" not in loaded or names & set(loaded):
-            continue
-        for adapter, parameter in layer.trainable_tokens_delta.items():
-            parameter.data.copy_(table.data[layer.token_indices[adapter]])
-        taken |= names
-    return taken
-
-
-def meaning(model: AnyToAnyModel) -> dict[str, Any]:
-    """What weights of adapters and of new tokens mean besides their shapes: the scale of every
-    adapter, and which tokens the rows are of.
-    """
-    scales = {
-        name: float(scale)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for scale in module.scaling.values()
-    }
-    return {"scale": scales, "new_tokens": list(getattr(model.llm, "new_tokens", []))}
-
-
-def check_meaning(
-    model: AnyToAnyModel, earlier: Mapping[str, Any], dropped: Collection[str]
-) -> None:
-    """Refuse adapters of another scale and rows of other tokens.
-
-    Args:
-        model: after :func:`apply`.
-        earlier: :func:`meaning` of the model whose weights are taken.
-        dropped: parts whose weights are not.
-    """
-    here = meaning(model)
-    scales = {
-        name: scale
-        for name, scale in dict(earlier.get("scale", {})).items()
-        if not any(name.startswith(f"{part}.") for part in dropped)
-    }
-    other = [name for name, scale in scales.items() if scale != here["scale"].get(name, scale)]
-    if other:
-        raise TuningError(
-            f"{len(other)} adapters were trained with another scale: {other[0]} with "
-            f"{scales[other[0]]:g}, here it has {here['scale'][other[0]]:g}. Give LoRA the alpha, "
-            "r and use_rslora of that run."
-        )
-    tokens = list(earlier.get("new_tokens", []))
-    if tokens and "llm" not in dropped and tokens != here["new_tokens"]:
-        raise TuningError(
-            f"the loaded rows of new tokens are of {tokens}, here new_tokens is "
-            f"{here['new_tokens']}; name the same tokens in the same order."
-        )
-
-
-def _check_not_random(model: AnyToAnyModel, loaded: Collection[str]) -> None:
-    """Input projectors and adapters start at random: they must train or come from ``init_from``."""
-    noise = [
-        name
-        for name, parameter in model.named_parameters()
-        if (name.startswith("input_projectors.") or ".lora_" in name)
-        and not parameter.requires_grad
-        and name not in loaded
-    ]
-    if noise:
-        raise TuningError(
-            f"{len(noise)} random parameters neither train nor were loaded from init_from: "
-            f"{noise[:4]}. Name their part in tuning, or give the run that trained it as "
-            "model.init_from."
-        )
-
-
-def check_reaches_loss(model: nn.Module) -> None:
-    """Call after the first backward pass: every trainable parameter must have a gradient.
-
-    Raises:
-        TuningError: with the names of those that have none.
-    """
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if lost:
-        raise TuningError(
-            f"{len(lost)} trainable parameters reach no loss: {lost[:8]}"
-            f"{' ...' if len(lost) > 8 else ''}. Freeze their part, or check that its output is "
-            "used."
-        )
-
-
 def _part(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -495,7 +272,7 @@ def _part(model: nn.Module, name: str) -> nn.Module:
         raise TuningError(f"tuning.{name} names no part of the model {main}{hint}") from None
 
 
-def _pretrained(part: nn.Module) -> list[PreTrainedModel]:
+def pretrained_models(part: nn.Module) -> list[PreTrainedModel]:
     """Outermost transformers models in the part."""
     models = [module for module in part.modules() if isinstance(module, PreTrainedModel)]
     return models[:1]
@@ -506,11 +283,13 @@ def _linear_layers(part: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in part.named_modules() if isinstance(module, kinds)}
 
 
-def _new_token_ids(part: nn.Module) -> list[int]:
+def new_token_ids(part: nn.Module) -> list[int]:
+    """Of the tokens that the recipe adds to the LLM."""
     return list(part.new_token_ids) if getattr(part, "new_tokens", None) else []  # type: ignore[arg-type]
 
 
-def _parameters_with(text: str, part: nn.Module) -> Named:
+def parameters_with(text: str, part: nn.Module) -> Named:
+    """Parameters of the part with ``text`` in their names."""
     return {name: p for name, p in part.named_parameters() if text in name}
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from mmfusion import tuning
+from mmfusion.audit import audit
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.projectors.base import Projector
@@ -136,7 +137,7 @@ def _refusal(model: AnyToAnyModel, groups: Any, init_from: str | None) -> str:
     try:
         # What init_from holds is in its checkpoint, which is not read here.
         loaded = [name for name, _ in model.named_parameters()] if init_from else []
-        tuning.audit(model, groups, loaded)
+        audit(model, groups, loaded)
     except tuning.TuningError as error:
         return str(error)
     return ""

@@ -34,6 +34,7 @@ from mmfusion.paths import expand
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
 from mmfusion.training.callbacks.monitor import Monitor
+from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
@@ -42,7 +43,7 @@ from mmfusion.training.loggers import default_loggers
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.recipe_parser import RecipeError, RecipeParser, ignored_key
 from mmfusion.training.resume import by_step, complete_checkpoint, find
-from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, RunProgress
+from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory
 
 log = logging.getLogger(__name__)
 

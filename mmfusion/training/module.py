@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from mmfusion import tuning as tune
+from mmfusion.audit import AuditTable, audit
+from mmfusion.kept_weights import check_meaning, meaning, take_rows
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.llms.base import LLM
@@ -109,7 +111,7 @@ class MultimodalModule(L.LightningModule):
         self.strict_loading = False  # on_load_checkpoint is stricter: it knows what must be there
         self.groups: list[tune.ParamGroup] = []
         """The optimizer's groups, once the model is built."""
-        self.audit: tune.AuditTable | None = None
+        self.audit: AuditTable | None = None
         """What trains; made before the optimizer."""
         self.flags: dict[str, Callable[[], int]] = {}
         """What callbacks want summed over the ranks once a step, together with its targets."""
@@ -138,15 +140,15 @@ class MultimodalModule(L.LightningModule):
         self._built = True
         if self._fitting:
             loaded = {name.removeprefix("model.") for name in self.inherited}
-            self.audit = tune.audit(self.model, self.groups, loaded)
+            self.audit = audit(self.model, self.groups, loaded)
 
     def _load_earlier(self, init_from: str) -> None:
         path = complete_checkpoint(init_from, "model.init_from")
         checkpoint = read_checkpoint(path)
-        tune.check_meaning(self.model, checkpoint.get(MEANING, {}), self.init_drop)
+        check_meaning(self.model, checkpoint.get(MEANING, {}), self.init_drop)
         state = self._without_dropped(checkpoint["state_dict"], path)
         self.inherited = load_kept(self, state, str(path))
-        self.inherited |= tune.take_rows(self, self.inherited)
+        self.inherited |= take_rows(self, self.inherited)
         log.info("%d tensors from %s", len(self.inherited), path)
         if unused := unused_names(self, state):
             raise ValueError(
@@ -338,7 +340,7 @@ class MultimodalModule(L.LightningModule):
         names = trained_names(self) | self.inherited
         checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
         checkpoint["parameter_names"] = self._group_names()
-        checkpoint[MEANING] = tune.meaning(self.model)
+        checkpoint[MEANING] = meaning(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds this recipe's trained weights, and the optimizer's state
@@ -365,7 +367,7 @@ class MultimodalModule(L.LightningModule):
         self.compile_llm = False  # generating grows a cache: every step would be compiled anew
         self.configure_model()
         checkpoint = read_checkpoint(path)
-        tune.check_meaning(self.model, checkpoint.get(MEANING, {}), ())
+        check_meaning(self.model, checkpoint.get(MEANING, {}), ())
         state = checkpoint["state_dict"]
         self.check_names(set(state))
         load_kept(self, state, str(path))

@@ -17,10 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mmfusion.audit import check_reaches_loss
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
+from mmfusion.objectives.next_token import NextToken
 from mmfusion.processing.base import MediaProcessor
+from mmfusion.tuning import ParamGroup
 from mmfusion.types import (
     IGNORE_INDEX,
     Batch,
@@ -225,3 +228,12 @@ def _media_batch(processor: Any, name: str, items: list[Any], starts: list[int])
         num_tokens=torch.tensor([count for _, _, _, count, _ in items]),
         slots=torch.cat(slots),
     )
+
+
+def train_step(model: AnyToAnyModel, groups: list[ParamGroup], samples: Sequence[Any]) -> None:
+    """One step on the samples of :func:`make_batch`, with the audit of the gradients."""
+    batch = make_batch(model, samples)
+    output = model(batch)
+    (NextToken()(model, output, batch).total + output.idle).backward()
+    check_reaches_loss(model)
+    torch.optim.AdamW(groups, lr=1.0).step()

@@ -23,8 +23,21 @@ from mmfusion.tools.quickstart.assets import ASSETS, fetch_all
 
 STAGE1, NO_MEDIA = "1_align_input", "1_no_media"
 SMALL = {
-    STAGE1: ["--trainer.max_steps=30", "--data.pack_tokens=160", "--model.compile=false"],
-    "3_instruct": ["--trainer.max_steps=20", "--data.pack_tokens=500", "--model.compile=false"],
+    STAGE1: [
+        "--trainer.max_steps=30",
+        "--val_every_n_steps=30",
+        "--data.pack_tokens=160",
+        "--data.val_limit=8",
+        "--model.compile=false",
+    ],
+    "3_instruct": [
+        "--trainer.max_steps=20",
+        "--val_every_n_steps=20",
+        "--data.pack_tokens=500",
+        "--data.val_limit=8",
+        "--model.compile=false",
+        "--validation.generate_samples=4",
+    ],
 }
 """What ``--small`` changes in the recipes."""
 INTERRUPTED = "\nInterrupted. The same line again goes on."

@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 
-from mmfusion import tuning
+from mmfusion.audit import check_reaches_loss
 from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch
@@ -79,7 +79,7 @@ class Audit(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check once that every trainable parameter has a gradient."""
         if not self._reached:
-            tuning.check_reaches_loss(cast(MultimodalModule, pl_module).model)
+            check_reaches_loss(cast(MultimodalModule, pl_module).model)
             self._reached = True
 
 
