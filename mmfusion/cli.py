@@ -15,15 +15,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfusion import __version__
 
 if TYPE_CHECKING:
-    from mmfusion.data.datamodule import MultimodalData
-    from mmfusion.training.module import MultimodalModule
+    pass
 
 RECIPE_COMMANDS = {
     "fit": "train a recipe; the same command in the same run directory goes on",
@@ -102,38 +100,6 @@ def usage() -> str:
         f"whole recipe. Errors are one message; --traceback (or {TRACEBACK}=1) shows where from.",
     ]
     return "\n".join(lines)
-
-
-def from_recipe(
-    path: str, overrides: Sequence[str] = ()
-) -> tuple[MultimodalModule, MultimodalData]:
-    """The module and the data of a recipe, without a trainer and without weights.
-
-    Args:
-        path: the recipe, or the ``config.yaml`` of a run.
-        overrides: as on the command line, e.g. ``["--data.pack_tokens=512"]``.
-
-    Raises:
-        ValueError: where the recipe or an override is wrong.
-    """
-    from mmfusion.training.command import parts_of_recipe
-
-    return parts_of_recipe(path, overrides)
-
-
-def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
-    """A run's module with its trained weights.
-
-    Args:
-        run_dir: the run directory.
-        step: the checkpoint of this optimizer step; None takes the newest complete one.
-
-    Raises:
-        FileNotFoundError: where there is no such run or checkpoint.
-    """
-    from mmfusion.training.command import module_of_run
-
-    return module_of_run(run_dir, step)
 
 
 def _command(args: list[str]) -> tuple[str, list[str]]:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from mmfusion.cli import load_module
 from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generation import generate
 from mmfusion.objectives.next_token import NextToken
+from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]

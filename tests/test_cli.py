@@ -14,10 +14,11 @@ import pytest
 import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from mmfusion.cli import ON_CPUS, TOOLS, from_recipe, load_module, main, usage
+from mmfusion.cli import ON_CPUS, TOOLS, main, usage
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.training.command import RecipeCommand
+from mmfusion.training.rebuild import from_recipe, load_module
 from tests.training.tiny import write_recipe
 
 CONVERTER = {"class_path": "tests.training.tiny.TinyConverter"}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mmfusion.cli import load_module, main
+from mmfusion.cli import main
+from mmfusion.training.rebuild import load_module
 from tests.make_debug import make_debug
 
 ROOT = Path(__file__).parents[1]

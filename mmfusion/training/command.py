@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shlex
 import signal
-import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +22,9 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from mmfusion.data.datamodule import MultimodalData
-from mmfusion.paths import expand
+from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
 from mmfusion.training.callbacks.monitor import Monitor
@@ -40,17 +34,15 @@ from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
+from mmfusion.training.messages import show_messages
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.recipe_parser import RecipeError, RecipeParser, ignored_key
-from mmfusion.training.resume import by_step, complete_checkpoint, find
+from mmfusion.training.resume import complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory
 
 log = logging.getLogger(__name__)
 
 Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<", 1e6)])
-
-RESUME_FROM, INIT_FROM = "MMFUSION_RESUME_FROM", "MMFUSION_INIT_FROM"
-"""How rank 0 tells the processes it starts which checkpoints it chose."""
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -72,18 +64,6 @@ OTHERWISE_COUNTED = {
 each with its values that do nothing."""
 
 
-MESSAGES = logging.StreamHandler()
-UNASKED = re.compile(r"Tip: .*litlogger|TPU available: False|Seed set to")
-"""Messages of Lightning that say nothing about the run."""
-NOISE = (
-    r".*Total length of `list` across ranks is zero",  # no validation data
-    r".*module\(s\) in eval mode at the start of training",  # frozen parts
-    r".*isinstance\(treespec, LeafSpec\)",
-    r".*does not have many workers",
-)
-"""Warnings of libraries about what is meant here."""
-
-
 class RecipeCommand(LightningCLI):
     """One command over one recipe.
 
@@ -94,7 +74,7 @@ class RecipeCommand(LightningCLI):
 
     def __init__(self, name: str, args: Sequence[str]) -> None:
         self.name = name
-        show_messages()
+        show_messages(leads=rank() == 0)
         super().__init__(
             MultimodalModule,
             MultimodalData,
@@ -218,17 +198,19 @@ class RecipeCommand(LightningCLI):
     def fit(self) -> None:
         """Train, from the newest checkpoint where there is one."""
         run, recipe = RunDirectory(self.config.run_dir), self.recipe()
-        leads = _rank() == 0
+        leads = rank() == 0
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
-        start = self._agree(RESUME_FROM, lambda: find(run.path, self.config.resume))
+        start = agree(self.trainer, RESUME_FROM, lambda: find(run.path, self.config.resume))
         step = 0
         if start:
             checkpoint = read_checkpoint(start, "meta")
             step = int(checkpoint["global_step"])
             self.model.resume(checkpoint["state_dict"])
         elif earlier := self.model.init_from:
-            chosen = self._agree(INIT_FROM, lambda: complete_checkpoint(earlier, "model.init_from"))
+            chosen = agree(
+                self.trainer, INIT_FROM, lambda: complete_checkpoint(earlier, "model.init_from")
+            )
             self.model.init_from = str(chosen)
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         if leads:
@@ -306,34 +288,12 @@ class RecipeCommand(LightningCLI):
                 "sources in the recipe, or as --data.val_sources='{...}'."
             )
         run = RunDirectory(self.config.run_dir)
-        start = self._agree(RESUME_FROM, lambda: find(run.path, self.config.resume))
+        start = agree(self.trainer, RESUME_FROM, lambda: find(run.path, self.config.resume))
         if start is None:
             log.info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
             return
         self.model.restore(start)
         log.info(f"weights of {start}")
-
-    def _agree(self, variable: str, choose: Callable[[], Path | None]) -> Path | None:
-        """What rank 0 chooses, for all.
-
-        Processes that Lightning starts are told by the environment, those of torchrun or Slurm
-        through the process group.
-        """
-        parent, _, told = os.environ.get(variable, "").partition(":")
-        if _rank() != 0 and parent == str(os.getppid()):  # not left behind by an earlier run
-            return Path(told) if told else None
-        start = choose() if _rank() == 0 else None
-        chosen = str(start) if start else ""
-        if self._started_from_outside():
-            self.trainer.strategy.setup_environment()
-            chosen = self.trainer.strategy.broadcast(chosen)
-        else:
-            os.environ[variable] = f"{os.getpid()}:{chosen}"
-        return Path(chosen) if chosen else None
-
-    def _started_from_outside(self) -> bool:
-        cluster = getattr(self.trainer.strategy, "cluster_environment", None)
-        return cluster is not None and cluster.creates_processes_externally
 
     def _progress(self) -> RunProgress:
         return next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, RunProgress))
@@ -345,67 +305,10 @@ class RecipeCommand(LightningCLI):
 
     def _loggers(self, run: RunDirectory, attempt: int) -> list[Any]:
         config = self.config
-        leads = _rank() == 0
+        leads = rank() == 0
         return default_loggers(
             run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
         )
-
-
-def show_messages() -> None:
-    """Our log messages and no noise: on rank 0 from INFO, on the others warnings."""
-    ours = logging.getLogger("mmfusion")
-    ours.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    MESSAGES.stream = sys.stderr  # setStream would flush the old one, which may be closed
-    if MESSAGES not in ours.handlers:
-        ours.addHandler(MESSAGES)
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if not handler.filters:
-                handler.addFilter(lambda record: not UNASKED.search(record.getMessage()))
-
-
-def parts_of_recipe(
-    path: str, overrides: Sequence[str] = ()
-) -> tuple[MultimodalModule, MultimodalData]:
-    """The module and the data of a recipe, without a trainer and without weights."""
-    command = RecipeCommand("", ["--config", str(path), *overrides])
-    return command.model, command.datamodule
-
-
-def module_of_run(run_dir: str | Path, step: int | None = None) -> MultimodalModule:
-    """A run's module, built from its ``config.yaml``, with the weights of a checkpoint.
-
-    Args:
-        run_dir: the run directory.
-        step: the checkpoint of this optimizer step; None takes the newest complete one.
-
-    Raises:
-        FileNotFoundError: where there is no such run or checkpoint.
-    """
-    run = RunDirectory(expand(run_dir))
-    if not run.config.is_file():
-        raise FileNotFoundError(
-            f"{run.path} is not a run directory: it has no {run.config.name}. Give the directory "
-            "that `mmfusion fit` wrote (run_dir in the recipe)"
-            + "".join(f"; {config.parent} is one" for config in run.path.glob("*/config.yaml"))
-            + "."
-        )
-    chosen = run.path if step is None else run.checkpoints / f"step-{step:08d}.ckpt"
-    if step is not None and not chosen.is_file():
-        there = [int(path.stem.removeprefix("step-")) for path in by_step(run.checkpoints)]
-        raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
-    path = complete_checkpoint(chosen, "loading")
-    with isolate_rng():
-        module, _ = parts_of_recipe(str(run.config))
-        module.restore(path)
-    return module
-
-
-def _rank() -> int:
-    """This process's rank, as the launcher's environment says before the process group is made."""
-    return int(cast(Any, rank_zero_only).rank)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mmfusion.cli import from_recipe
+from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import Batch
 
 

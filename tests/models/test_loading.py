@@ -1,10 +1,11 @@
-"""What a folder with damaged files says."""
+"""Loading parts: damaged files are named, a stranger's code is not run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,3 +101,29 @@ def test_missing_weights_of_the_quickstart_name_it(monkeypatch, tmp_path):
         checked_path("$MMFUSION_CACHE/weights/none", "config.json")
     with pytest.raises(FileNotFoundError, match=r"such as org/name\.$"):
         checked_path(str(tmp_path / "none"), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (HFCausalLM, "trust_remote_code=True"),
+        (HFVision, r"brings code of its own .* which is never run"),
+        (WhisperEncoder, r"brings code of its own .* which is never run"),
+    ],
+)
+def test_code_of_a_stranger_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, message: str
+) -> None:
+    marker, asked = tmp_path / "ran", []
+    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class EvilConfig(PretrainedConfig):\n    model_type = 'stranger'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    with pytest.raises(ValueError, match=message):
+        kind(str(tmp_path)).config  # noqa: B018
+    assert not marker.exists()
+    assert not asked

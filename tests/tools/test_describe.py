@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mmfusion import tuning
-from mmfusion.cli import from_recipe, main
+from mmfusion.cli import main
 from mmfusion.tools.describe import Description, description
+from mmfusion.training.rebuild import from_recipe
 from tests.training.tiny import write_recipe
 
 

@@ -3,7 +3,8 @@
 import csv
 from pathlib import Path
 
-from mmfusion.cli import load_module, main
+from mmfusion.cli import main
+from mmfusion.training.rebuild import load_module
 from tests.make_debug import make_debug
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "debug.yaml"

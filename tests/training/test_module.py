@@ -8,8 +8,9 @@ import lightning as L
 import pytest
 import torch
 
-from mmfusion.cli import from_recipe, load_module, main
+from mmfusion.cli import main
 from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.rebuild import from_recipe, load_module
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.schedules import WarmupCosine
 from tests.models.tiny import save_llm

@@ -59,6 +59,10 @@ class WhisperEncoder(Encoder):
         self.path = checked_path(path, "config.json")
         self.revision = revision
         self.dtype = dtype
+        if self.config.model_type != "whisper":
+            raise ValueError(
+                f"{self.path} is a {self.config.model_type} model; expected a whisper one."
+            )
         longest = self.config.max_source_positions / FEATURES_PER_SECOND
         if not 0 < max_seconds <= longest:
             raise ValueError(

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfusion.cli import from_recipe
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.source import Source
 from mmfusion.inference import Chat, load
@@ -34,6 +33,7 @@ from mmfusion.tools.quickstart.heldout import (
 )
 from mmfusion.tools.quickstart.intervals import Estimate, ratio
 from mmfusion.tools.quickstart.pictures import MOTIONS
+from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import MediaTensors, Message, Sample, Text
 
 STRANGERS = 3

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from mmfusion.models.encoders.hf_vision import HFVision
-from mmfusion.models.encoders.whisper import WhisperEncoder
 from mmfusion.types import Media
 from tests.models.tiny import clip_config, save_clip
 
@@ -189,25 +188,6 @@ def test_settings_may_leave_out_scaling_and_normalising(tmp_path: Path) -> None:
     found = HFVision(str(tmp_path)).media_processor()(media)["pixels"]
     expected = torch.tensor(np.asarray(reference(image)["pixel_values"][0])).float()
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("encoder", [HFVision, WhisperEncoder])
-def test_code_of_a_stranger_is_neither_run_nor_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Any
-) -> None:
-    marker, asked = tmp_path / "ran", []
-    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text(
-        "from transformers import PretrainedConfig\n"
-        f"open({str(marker)!r}, 'w').close()\n"
-        "class EvilConfig(PretrainedConfig):\n    model_type = 'stranger'\n"
-    )
-    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
-    with pytest.raises(ValueError, match=r"brings code of its own .* which is never run"):
-        encoder(str(tmp_path)).config  # noqa: B018
-    assert not marker.exists()
-    assert not asked
 
 
 def test_a_missing_weight_is_refused_by_name(tmp_path: Path) -> None:

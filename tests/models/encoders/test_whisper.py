@@ -15,6 +15,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhi
 
 from mmfusion.models.encoders.whisper import WhisperEncoder, log_mel
 from mmfusion.types import Media
+from tests.models.tiny import save_clip
 
 FULL = 100
 """Positions of the tiny model: 2 s."""
@@ -161,6 +162,12 @@ def test_a_missing_weight_is_refused_by_name(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights.*layers\.1\.fc2\.bias"):
         WhisperEncoder(str(folder), 2.0).build()
+
+
+def test_a_model_of_another_family_is_refused(tmp_path: Path) -> None:
+    save_clip(tmp_path)
+    with pytest.raises(ValueError, match="is a clip_vision_model model; expected a whisper one"):
+        WhisperEncoder(str(tmp_path))
 
 
 def test_more_seconds_than_positions_are_refused(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -276,24 +275,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         HFCausalLM(str(tmp_path), gguf_file="model.gguf")
     with pytest.raises(FileNotFoundError, match="no folder"):
         HFCausalLM(str(tmp_path / "absent"))
-
-
-def test_code_of_a_stranger_is_neither_run_nor_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker, asked = tmp_path / "ran", []
-    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text(
-        "from transformers import PretrainedConfig\n"
-        f"open({str(marker)!r}, 'w').close()\n"
-        "class EvilConfig(PretrainedConfig):\n    model_type = 'stranger'\n"
-    )
-    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        HFCausalLM(str(tmp_path)).config  # noqa: B018
-    assert not marker.exists()
-    assert not asked
 
 
 @pytest.mark.slow

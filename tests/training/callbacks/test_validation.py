@@ -10,12 +10,12 @@ import lightning as L
 import pytest
 import torch
 
-from mmfusion.cli import from_recipe
 from mmfusion.data.writer import ShardWriter
 from mmfusion.inference import Chat
 from mmfusion.metrics.shuffled_media import shuffle_media
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import DataError, Media, Message, Sample, Text
 from tests.training.tiny import TinyConverter, fit, losses, write_recipe
 
