@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -97,6 +99,7 @@ class Chat:
         messages: Conversation | Sequence[Conversation],
         *,
         stream: bool = False,
+        plain: bool = False,
         max_new_tokens: int = 256,
         do_sample: bool = False,
         seed: int | None = None,
@@ -110,11 +113,13 @@ class Chat:
                 ``{"type": "image", "path": ...}`` or ``{"type": "text", "text": ...}``); or a list
                 of conversations, answered together.
             stream: give pieces of text as they come (one conversation only).
+            plain: without the chat template, as captions are trained: go on with the text and media
+                of the messages, e.g. ``[picture, "Image caption:"]``.
             max_new_tokens: longest answer; it ends earlier where the LLM has no more positions.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
-                ``top_k``, ``repetition_penalty``, ``num_beams``, ...
+                ``top_k``, ``repetition_penalty``, ``num_beams``, ``stop_strings``, ...
 
         Returns:
             The answer, a list of them for a batch, or an iterator over pieces of it.
@@ -129,7 +134,8 @@ class Chat:
         if batch and stream:
             raise ValueError("stream=True answers one conversation; got a batch of them.")
         conversations = cast("Sequence[Conversation]", messages if batch else [messages])
-        prompts = self._batch([self.processor.prompt(conversation(c)) for c in conversations])
+        encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
+        prompts = self._batch(encoded)
         options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
         if stream:
             return self._stream(prompts, seed, options)
@@ -257,6 +263,8 @@ def _part(part: Any) -> Text | Media:
     if kind == "image_url":
         url = part.get("image_url")
         return _from_url("image", str(url.get("url") if isinstance(url, Mapping) else url))
+    if kind == "image" and isinstance(part.get("image"), Image.Image):
+        return _from_picture(part["image"])
     if kind == "input_audio":
         audio = part["input_audio"]
         return Media("audio", _base64(audio["data"]), audio["format"])
@@ -271,8 +279,14 @@ def _part(part: Any) -> Text | Media:
     )
 
 
+def _from_picture(picture: Image.Image) -> Media:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return Media("image", file.getvalue(), "png")
+
+
 def _from_url(modality: str, url: str) -> Media:
-    """A ``data:`` URL. Nothing is fetched from the network."""
+    """A ``data:`` URL. Such messages come from elsewhere: nothing is fetched, no file is read."""
     head, comma, data = url.partition(",")
     if not (head.startswith(f"data:{modality}/") and head.endswith(";base64") and comma):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from mmfusion.data.index import ShardError
 from mmfusion.data.loader import Division, FixedLoader, TrainLoader
 from mmfusion.data.reader import Budget
 from mmfusion.data.source import Source
@@ -18,6 +19,8 @@ from mmfusion.data.stream import make_spec
 from mmfusion.data.validation import ValidationBatches
 from mmfusion.data.workers import Workers
 from mmfusion.processing.processor import Processor
+
+MAX_COUNT = 1 << 20
 
 
 class MultimodalData(L.LightningDataModule):
@@ -75,8 +78,8 @@ class MultimodalData(L.LightningDataModule):
             "val_limit": 1 if val_limit is None else val_limit,
         }  # fmt: skip
         for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+            if not 1 <= value <= MAX_COUNT:
+                raise ValueError(f"data.{name} must be 1 to {MAX_COUNT}, got {value}")
         if num_workers < 0 or not 0 <= max_bad_fraction <= 1:
             raise ValueError(
                 f"data.num_workers is {num_workers}, expected 0 or more; data.max_bad_fraction is "
@@ -96,6 +99,19 @@ class MultimodalData(L.LightningDataModule):
         """Whether a callback commits the steps of this module's stream."""
         self._state: StreamState | None = None
         self._val: FixedLoader | None = None
+
+    def open_shards(self) -> None:
+        """Open the shards of every source that is drawn from.
+
+        Raises:
+            ShardError: naming the recipe's key.
+        """
+        for section, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
+            for name, source in sources.items():
+                try:
+                    _ = source.weight and source.shards
+                except ShardError as error:
+                    raise ShardError(f"data.{section}.{name}.shards: {error}") from error
 
     def attach(self, processor: Processor) -> None:
         """Set the processor by hand, where no trainer does."""

@@ -26,6 +26,8 @@ from mmfusion.data.state import (
 from mmfusion.processing.processor import Processor
 from mmfusion.types import EncodedSample
 
+MAX_LANES = 1 << 20
+
 
 def make_spec(
     sources: Mapping[str, Source],
@@ -48,6 +50,8 @@ def make_spec(
     for name, value in {**limits, **pack_media}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if lanes > MAX_LANES:
+        raise ValueError(f"lanes is {lanes}; at most {MAX_LANES} are kept, 64 are usual.")
     if unknown := sorted(set(pack_media) - set(processor.media)):
         raise ValueError(
             f"pack_media limits {unknown}, but the model's modalities are {sorted(processor.media)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +13,16 @@ from safetensors import SafetensorError, safe_open
 
 from mmfusion.paths import cache_dir, expand
 
-DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, LookupError, OSError)
-"""What loaders raise on damaged files."""
+DAMAGE = (
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    SafetensorError,
+    LookupError,
+    OSError,
+    pickle.UnpicklingError,
+    RuntimeError,
+)
+"""What loaders raise on files that are damaged, pickled, or of another model."""
 
 
 def checked_path(path: str, needed_file: str) -> str:
@@ -24,6 +33,11 @@ def checked_path(path: str, needed_file: str) -> str:
             not there.
     """
     text = expand(path)
+    if Path(text).is_file():
+        raise FileNotFoundError(
+            f"{text} is a file; give its folder as path (and, for a GGUF file, its name as "
+            "gguf_file)."
+        )
     if Path(text).is_dir():
         if not (Path(text) / needed_file).exists():
             found = sorted(file.name for file in Path(text).iterdir())[:8]
@@ -71,6 +85,16 @@ class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
             raise ValueError(
                 f"{file} ({file.stat().st_size} bytes) cannot be read: {why}. Is it cut off? Get "
                 "it again."
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"the weights in {self._path} hold pickled objects, which are never run; convert "
+                "them to safetensors."
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"the weights in {self._path} have other shapes than its config.json says (see the "
+                "report above)."
             ) from error
         if not isinstance(error, OSError) and kind is not ValueError:
             raise ValueError(

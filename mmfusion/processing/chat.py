@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -21,6 +22,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmfusion.processing.special_tokens import check_plain_text, placeholder, special_token_pattern
 from mmfusion.types import DataError, Media, Message
 
+DATE = date(2024, 7, 26)
+"""Today, for templates that print it (Llama 3.2's own where it knows none): with the true date a
+run would see other tokens on another day.
+"""
 Span = tuple[int, int]
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -104,7 +109,10 @@ class ChatRenderer:
         self._template()
         with _refusals(turns):
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation_prompt
+                turns,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                strftime_now=DATE.strftime,
             )
 
     def _render_blocks(self, turns: list[dict[str, str]]) -> tuple[str, list[Span]]:
@@ -118,6 +126,7 @@ class ChatRenderer:
                 conversations=[turns],
                 chat_template=self._template(),
                 return_assistant_tokens_mask=True,
+                strftime_now=DATE.strftime,
                 **self.tokenizer.special_tokens_map,
             )
         spans = []

@@ -127,9 +127,14 @@ class Processor:
         """Plan and finish."""
         return self.finish(sample, self.plan(sample), rng, ref)
 
-    def prompt(self, messages: Sequence[Message]) -> EncodedSample:
+    def prompt(self, messages: Sequence[Message], plain: bool = False) -> EncodedSample:
         """A conversation that the model is to go on with: it ends with the generation prompt, and
         nothing is trained.
+
+        Args:
+            messages: the turns so far.
+            plain: without the chat template, as captions are trained: the contents after one start
+                token, to be gone on with where they end.
 
         Raises:
             DataError: for media that do not decode, or more tokens than the LLM has positions.
@@ -137,7 +142,10 @@ class Processor:
         """
         sample = Sample(tuple(messages))
         self._check_modalities(sample.media)
-        ids, trained = self._renderer.chat(messages, generation_prompt=True)
+        if plain:
+            ids, trained = self._renderer.plain(messages, eos=False)
+        else:
+            ids, trained = self._renderer.chat(messages, generation_prompt=True)
         planned = self._expand(ids, trained, sample.media)
         remedy = "leave earlier messages out, or begin a new conversation (/reset in mmfusion chat)"
         self._check.length(len(planned), "the conversation", remedy)

@@ -141,10 +141,10 @@ def decode_video(
         indices = _choose(frames, format, num_frames, fps, max_frames, start, end)
         wanted = sorted(set(indices))
         size = stream.codec_context.height * stream.codec_context.width
-        if size * len(wanted) > MAX_DECODED_PIXELS:
+        if size * len(indices) > MAX_DECODED_PIXELS:  # also where one is shown many times
             raise DataError(
                 "too_many_pixels",
-                f"{len(wanted)} frames of {size} pixels are more than {MAX_DECODED_PIXELS} pixels "
+                f"{len(indices)} frames of {size} pixels are more than {MAX_DECODED_PIXELS} pixels "
                 "in all; choose fewer frames, or shrink the video.",
             )
         decoded = _read(container, stream, frames, [frames.pts[i] for i in wanted], format)
@@ -246,6 +246,10 @@ def _choose(
     first, last = _shown_at(frames, begin), _last_before(frames, stop)
     if fps is not None:
         wanted = max(math.ceil((stop - begin) * fps - 1e-6), 1)
+        if wanted > MAX_FRAMES and max_frames is None:
+            raise DataError(
+                "too_many_frames", f"{wanted} frames are asked for; at most {MAX_FRAMES} are given."
+            )
         if max_frames is None or wanted <= max_frames:
             return [max(_shown_at(frames, begin + k / fps), first) for k in range(wanted)]
         num_frames = max_frames

@@ -27,6 +27,7 @@ def chat(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     system: str | None = None,
+    plain: bool = False,
 ) -> None:
     """Talk to a run. Type a message; /image PATH, /audio PATH and /video PATH add media to it.
 
@@ -42,8 +43,11 @@ def chat(
         repetition_penalty: above 1 makes tokens that were used less likely.
         seed: of the draws.
         system: system message the conversation starts with.
+        plain: for a run that was trained on captions: each line and its media stand alone, without
+            the chat template, and the model goes on with the line to its end. Give the prompt of
+            the captions, e.g. "Image caption:".
     """
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": do_sample,
         "temperature": temperature,
@@ -52,6 +56,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
+    if plain:
+        options |= {"plain": True, "stop_strings": "\n"}
     session = Session(load(run_dir, step, device), options, system)
     print(f"{run_dir} is ready. {session.help()}", flush=True)
     for line in lines():
@@ -131,8 +137,9 @@ class Session:
     def _answer(self, text: str) -> None:
         turn, media = Message("user", (*self.pending, Text(text))), self.pending
         self.pending = []
+        before = [] if self._options.get("plain") else self.history
         try:
-            answer = self._stream([*self.history, turn])
+            answer = self._stream([*before, turn])
         except (ValueError, OSError, RuntimeError) as error:
             again = " Attach its media again." if media else ""
             raise ValueError(f"{error}{again}") from error

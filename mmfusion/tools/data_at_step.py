@@ -10,14 +10,19 @@ from typing import Any
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
-from mmfusion.tools.recipe_of_run import recipe_of
 from mmfusion.training.checkpoint import FOLDER, read_checkpoint
 from mmfusion.training.resume import by_step, complete_checkpoint, why_incomplete
 
 STATE_KEY = "mmfusion.stream"
 
 
-def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool = False) -> None:
+def at_step(
+    recipe: str,
+    step: int,
+    checkpoint: str | None = None,
+    as_json: bool = False,
+    overrides: list[str] | None = None,
+) -> None:
     """Print the samples of an optimizer step, without training and without decoding media.
 
     Samples whose media turn out broken only when they are decoded are listed too. The step's lanes
@@ -30,12 +35,14 @@ def at_step(recipe: str, step: int, checkpoint: str | None = None, as_json: bool
         checkpoint: a checkpoint of the run at or before this step; of a run directory, its newest
             such.
         as_json: one JSON object a line.
+        overrides: a list of keys of the recipe with other values; they may also stand on the
+            command line as they do for `mmfusion fit`, e.g. --data.pack_tokens=512.
     """
     from mmfusion.training.command import RecipeCommand
 
     if step < 0:
         raise ValueError(f"step is {step}; steps are counted from 0.")
-    command = RecipeCommand("", ["--config", recipe_of(recipe)])
+    command = RecipeCommand("", ["--config", recipe, *(overrides or [])])
     if 0 <= (end := command.config.trainer.max_steps) <= step:
         raise ValueError(
             f"step {step} is never trained: the recipe's trainer.max_steps is {end}, and steps are "

@@ -25,7 +25,6 @@ from mmfusion.audit import audit
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.projectors.base import Projector
-from mmfusion.tools.recipe_of_run import recipe_of
 from mmfusion.training.command import RecipeCommand
 from mmfusion.types import DataError, Media
 
@@ -113,7 +112,7 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
 
 def description(recipe: str, overrides: Sequence[str] = ()) -> Description:
     """Describe a recipe; raises as `mmfusion fit` would where it cannot be parsed."""
-    command = RecipeCommand("", ["--config", recipe_of(recipe), *overrides])
+    command = RecipeCommand("", ["--config", recipe, *overrides])
     module, data = command.model, command.datamodule
     model: AnyToAnyModel = module.model
     with torch.device("meta"):

@@ -6,9 +6,10 @@ import json
 import logging
 import shlex
 import signal
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, cast
@@ -24,11 +25,13 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmfusion.data.datamodule import MultimodalData
+from mmfusion.paths import expand
 from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.run_progress import RunProgress
+from mmfusion.training.callbacks.start_timer import StartTimer
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
@@ -36,12 +39,18 @@ from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.messages import show_messages
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.recipe_parser import RecipeError, RecipeParser, ignored_key
+from mmfusion.training.recipe_parser import (
+    RecipeError,
+    RecipeParser,
+    ignored_key,
+    refuse_functions,
+)
 from mmfusion.training.resume import complete_checkpoint, find
-from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory
+from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
 
 log = logging.getLogger(__name__)
 
+CONFIG = ("-c", "--config")
 Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<", 1e6)])
 
 TRAINER_DEFAULTS = {
@@ -83,7 +92,7 @@ class RecipeCommand(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={"prog": f"mmfusion {name}".strip(), "allow_abbrev": False},
             parser_class=RecipeParser,
-            args=list(args),
+            args=_runs_as_recipes(args),
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -133,6 +142,8 @@ class RecipeCommand(LightningCLI):
         if not self.config.run_dir:
             name = Path(str(recipes[0])).stem if recipes else "unnamed"
             self.config.run_dir = str(Path("runs") / name)
+        self.config.run_dir = expand(self.config.run_dir)
+        refuse_functions(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer of this command, with our callbacks and checkpoint files."""
@@ -162,6 +173,8 @@ class RecipeCommand(LightningCLI):
         callbacks = _as_list(given.get("callbacks"))
         kinds = {type(callback) for callback in callbacks}
         callbacks += [c for c in self._default_callbacks() if type(c) not in kinds]
+        if limit := given.pop("max_time", None):
+            callbacks.append(StartTimer(limit))
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if given.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(StepBar())
@@ -197,6 +210,10 @@ class RecipeCommand(LightningCLI):
 
     def fit(self) -> None:
         """Train, from the newest checkpoint where there is one."""
+        with _stopping_at_once():
+            self._fit()
+
+    def _fit(self) -> None:
         run, recipe = RunDirectory(self.config.run_dir), self.recipe()
         leads = rank() == 0
         if leads:
@@ -214,9 +231,7 @@ class RecipeCommand(LightningCLI):
             self.model.init_from = str(chosen)
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         if leads:
-            data = self.datamodule
-            for source in (*data.sources.values(), *data.val_sources.values()):
-                _ = source.weight and source.shards  # refused here, before anything is made
+            self.datamodule.open_shards()  # refused here, before anything is made
         with run.open(recipe) if leads else nullcontext() as attempt:
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
@@ -224,7 +239,9 @@ class RecipeCommand(LightningCLI):
             self._progress().attempt = attempt
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
-            self._train(start)
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+            if self._progress().owes_validation(self.trainer):  # cut off at the last step
+                self.trainer.validate(self.model, self.datamodule, verbose=False)
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
             if timer := self._out_of_time():
                 log.info(f"{run.path}: {timer} at step {done}; the same command goes on from here")
@@ -239,24 +256,6 @@ class RecipeCommand(LightningCLI):
         over = any((timer.time_remaining() or 1) <= 0 for timer in timers)
         steps_left = self.trainer.global_step < self.trainer.max_steps
         return "trainer.max_time was reached" if over and steps_left else ""
-
-    def _train(self, start: Path | None) -> None:
-        """Until training starts, and RunCheckpoint takes over, a signal ends the run at once."""
-
-        def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-            raise RunInterrupted(number, 0, saved=False)
-
-        before = signal.signal(signal.SIGTERM, stop_at_once)
-        try:
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
-            if self._progress().owes_validation(self.trainer):  # cut off at the last step
-                self.trainer.validate(self.model, self.datamodule, verbose=False)
-        except SystemExit as stop:
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                raise RunInterrupted(signal.SIGINT, 0, saved=False) from None
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def validate(self) -> None:
         """Losses and metrics of the run on ``data.val_sources``."""
@@ -289,8 +288,12 @@ class RecipeCommand(LightningCLI):
             )
         run = RunDirectory(self.config.run_dir)
         start = agree(self.trainer, RESUME_FROM, lambda: find(run.path, self.config.resume))
+        if start is None and self.config.resume != "none":
+            raise FileNotFoundError(
+                f"{run.path} has no checkpoint to {self.name}; give the run as --run_dir, or use "
+                "the parts as the recipe makes them by --resume=none."
+            )
         if start is None:
-            log.info(f"{run.path} has no checkpoint; using the parts as the recipe makes them")
             return
         self.model.restore(start)
         log.info(f"weights of {start}")
@@ -309,6 +312,37 @@ class RecipeCommand(LightningCLI):
         return default_loggers(
             run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
         )
+
+
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """Until training starts, and RunCheckpoint takes over, a signal ends the run at once."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise RunInterrupted(number, 0, saved=False)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            raise RunInterrupted(signal.SIGINT, 0, saved=False) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _runs_as_recipes(args: Sequence[str]) -> list[str]:
+    """``-c RUN`` as ``-c RUN/config.yaml``."""
+    found = []
+    for before, arg in pairwise(["", *args]):
+        name, equals, value = arg.partition("=")
+        if before in CONFIG:
+            arg = recipe_of(arg)
+        elif equals and name in CONFIG:
+            arg = f"{name}={recipe_of(value)}"
+        found.append(arg)
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -223,7 +223,7 @@ class MultimodalModule(L.LightningModule):
             flags = torch.tensor([flag() for flag in self.flags.values()], dtype=torch.int64)
             mine = [batch.step_targets[None], flags.to(self.device, non_blocking=True)]
             sums = cast(Tensor, self.trainer.strategy.reduce(torch.cat(mine), reduce_op="sum"))
-            self._step_targets = sums[0].clamp(min=1)
+            self._step_targets = sums[0]
             self.agreed = dict(zip(self.flags, sums[1:], strict=True))
             self._step_losses, self._step_samples = {}, []
 
@@ -235,7 +235,7 @@ class MultimodalModule(L.LightningModule):
         losses = self._losses(output, batch)
         splits = self.trainer.accumulate_grad_batches
         shares = {
-            name: self._weight(name) * loss.total / self._step_targets
+            name: self._weight(name) * loss.total / self._step_targets.clamp(min=1)
             for name, loss in losses.items()
         }
         share = torch.stack(list(shares.values())).sum()
@@ -250,9 +250,13 @@ class MultimodalModule(L.LightningModule):
         return {"loss": loss, "losses": {name: _detached(loss) for name, loss in losses.items()}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a step whose gradients are not finite. They are the ranks' mean by now, so every
-        rank refuses it.
+        """Leave the weights as they are in a step without a target (at the end of the data, or of
+        bad samples only). Refuse one whose gradients are not finite: they are the ranks' mean by
+        now, so every rank refuses it.
         """
+        if not self._step_targets:
+            optimizer.zero_grad()  # momentum and decay would move them
+            return
         norm = torch.nn.utils.get_total_norm(
             [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         )
@@ -273,12 +277,16 @@ class MultimodalModule(L.LightningModule):
     def _log_losses(self) -> None:
         """The step's sums over the ranks."""
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
-        if (self.global_step + 1) % every == 0:
+        if (self.global_step + 1) % every == 0 and self._step_targets:
             names = list(self._step_losses)
             sums = torch.stack([self._step_losses[name] for name in names])
             sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-            for name, value in zip(names, sums, strict=True):
-                self.log(f"train/{name}", value, prog_bar=name == "loss")
+            report = {f"train/{name}": float(x) for name, x in zip(names, sums, strict=True)}
+            for name, value in report.items():
+                self.log(name, value, prog_bar=name == "train/loss", logger=False)
+            # Not by Lightning, which would log the last value again in a step without targets.
+            for logger in self.loggers:
+                logger.log_metrics(report, step=self.global_step)
 
     def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
         return {name: loss(self.model, output, batch) for name, loss in self.objectives.items()}
@@ -346,6 +354,7 @@ class MultimodalModule(L.LightningModule):
         """Check that the checkpoint holds this recipe's trained weights, and the optimizer's state
         in this recipe's order.
         """
+        check_meaning(self.model, checkpoint.get(MEANING, {}), ())
         self.check_names(set(checkpoint["state_dict"]))
         here = self._group_names()
         if (there := checkpoint.get("parameter_names", here)) != here:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Mapping
+from pydoc import locate
 from typing import Any, NoReturn
 
 import yaml
@@ -97,6 +98,25 @@ def ignored_key(given: Any, parsed: Any, above: str = "") -> str | None:
         if found := ignored_key(value, parsed[key], f"{above}{key}."):
             return found
     return None
+
+
+def refuse_functions(value: Any, key: str = "") -> None:
+    """A recipe composes classes of the kinds its keys ask for. A function named as a class would be
+    called with the arguments that a stranger wrote.
+
+    Raises:
+        RecipeError: with the key.
+    """
+    if isinstance(value, (Namespace, Mapping)):
+        items = vars(value) if isinstance(value, Namespace) else value
+        name = items.get("class_path")
+        if isinstance(name, str) and not isinstance(locate(name), type):
+            raise RecipeError(f"{key}.class_path is {name}, which is no class; expected one.")
+        for part, item in items.items():
+            refuse_functions(item, f"{key}.{part}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            refuse_functions(item, f"{key}.{number}")
 
 
 def with_suggestion(message: str, keys: Mapping[str, str]) -> str:

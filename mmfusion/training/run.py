@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mmfusion.paths import expand
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import STEP_NAME, by_step
@@ -266,6 +267,23 @@ class Attempt:
             "updated": _now(),
         }
         replace_text(self.run.status_file, json.dumps(content, indent=2))
+
+
+def recipe_of(given: str) -> str:
+    """The recipe's file: as given, or the ``config.yaml`` of a run directory.
+
+    Raises:
+        FileNotFoundError: a directory that is no run.
+    """
+    if not Path(expand(given)).is_dir():
+        return given
+    config = RunDirectory(expand(given)).config
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{given} is not a run directory: it has no {config.name}. Give a recipe's file, or "
+            "the directory that `mmfusion fit` wrote."
+        )
+    return str(config)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

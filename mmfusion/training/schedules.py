@@ -45,7 +45,8 @@ class WarmupCosine:
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= total_steps:
             raise ValueError(
                 f"model.schedule.warmup_steps is {self.warmup_steps}, the run has "
-                f"trainer.max_steps {total_steps}: expected 0 to {total_steps}."
+                f"trainer.max_steps {total_steps}: expected 0 to {total_steps} (for a short try: "
+                "--model.schedule.warmup_steps=0)."
             )
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:

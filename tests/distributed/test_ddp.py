@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from mmfusion.training.command import RecipeCommand
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.run import RunDirectory
 from tests.training import jobs
@@ -205,9 +207,18 @@ def test_rank_0_chooses_what_all_ranks_start_from(home, recipe, alone):
     assert warm < cold - 0.1
 
 
-def test_the_timeout_reaches_the_strategy():
-    """The private field that timeout_minutes sets is still there."""
-    assert hasattr(DDPStrategy(), "_timeout")
+class Made(RecipeCommand):
+    """A command that ends when its trainer is made."""
+
+    def made(self) -> None:
+        pass
+
+
+def test_the_timeout_reaches_the_strategy(recipe):
+    assert hasattr(DDPStrategy(), "_timeout")  # a private field
+    options = ["--timeout_minutes=3", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    command = Made("made", ["-c", str(recipe), *options])
+    assert command.trainer.strategy._timeout == timedelta(minutes=3)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Stages, what a checkpoint keeps, and what is refused, through the command."""
 
+import csv
 import json
 import shutil
 import time
@@ -277,20 +278,83 @@ def test_weights_that_would_mean_something_else_are_refused(
     with pytest.raises(SystemExit):
         main(["validate", "-c", str(run)])
     assert said in capsys.readouterr().err
+    elsewhere = recipe(tokens, lora, run_dir=str(folder / "elsewhere"))
+    assert said in refused(capsys, elsewhere, f"--resume={find(folder / 'run')}")
 
 
 def test_a_run_out_of_time_is_not_finished_and_goes_on(home, tmp_path, capsys):
     changes = {"trainer__max_steps": 8, "run_dir": str(tmp_path / "run")}
     slow = {"class_path": f"{__name__}.Slow"}
     recipe = write_recipe(home, trainer__callbacks=[slow], **changes)
-    run = fit(recipe, "--trainer.max_time=00:00:00:01")
-    assert "max_time was reached at step" in capsys.readouterr().err
-    status = run.status()
-    assert (status["state"], status["reason"]) == ("interrupted", "trainer.max_time was reached")
-    run = fit(recipe)
+    stops = []
+    while len(stops) < 8:
+        run = fit(recipe, "--trainer.max_time=00:00:00:01")
+        if run.status()["state"] == "finished":
+            break
+        assert "max_time was reached at step" in capsys.readouterr().err
+        status = run.status()
+        reason = "trainer.max_time was reached"
+        assert (status["state"], status["reason"]) == ("interrupted", reason)
+        stops.append(status["step"])
+    # The clock begins anew in each start: every start takes the run further.
+    assert stops
+    assert stops == sorted(set(stops))
     assert run.status()["state"] == "finished"
     assert sorted(losses(run)) == [*range(8)]
     assert losses(run) == losses(fit(write_recipe(home, **changes | {"run_dir": f"{tmp_path}/b"})))
+
+
+class Weights(L.Callback):
+    """The projector's weights after each step, and the step's targets."""
+
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        weight = module.model.input_projectors["image"].linear.weight
+        self.seen.append((int(batch.step_targets), weight.detach().clone()))
+
+
+def test_a_step_without_targets_changes_no_weight_and_logs_no_loss(home, tmp_path):
+    """The last steps of a finite run may have none: packs of lanes that are used up."""
+    Weights.seen.clear()
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=400,
+        trainer__callbacks=[{"class_path": f"{__name__}.Weights"}],
+        model__schedule=NO_WARMUP,
+        data__epochs=1,
+        data__sources={"train": {"shards": f"{home}/train-*.tar", "converter": TINY}},
+        data__lanes=40,
+        data__packs_per_step=2,
+        data__packs_per_micro_batch=2,
+        run_dir=str(tmp_path / "run"),
+    )
+    run = fit(recipe)
+    empty = [step for step, (targets, _) in enumerate(Weights.seen) if not targets]
+    assert empty
+    for step in range(1, len(Weights.seen)):
+        same = torch.equal(Weights.seen[step][1], Weights.seen[step - 1][1])
+        assert same == (step in empty)
+    assert sorted(losses(run)) == [s for s in range(len(Weights.seen)) if s not in empty]
+
+
+def test_without_our_metrics_no_validation_is_made_twice(home, tmp_path):
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
+    recipe = write_recipe(
+        home,
+        trainer__max_steps=4,
+        trainer__logger=logger,
+        val_every_n_steps=2,
+        data__val_sources={"val": {"shards": f"{home}/val-*.tar", "converter": TINY}},
+        run_dir=str(tmp_path / "run"),
+    )
+    fit(recipe)
+    fit(recipe)
+    found = []
+    for file in sorted((tmp_path / "csv").rglob("metrics.csv")):
+        rows = csv.DictReader(file.open())
+        found += [int(row["step"]) for row in rows if row.get("val/loss")]
+    assert found == [1, 3]
 
 
 class Slow(L.Callback):

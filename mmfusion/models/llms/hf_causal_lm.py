@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -79,6 +80,13 @@ class HFCausalLM(LLM):
 
     @cached_property
     def _tokenizer(self) -> Any:
+        folder = Path(self.path)
+        if folder.is_dir() and "gguf_file" not in self._source:
+            files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
+            if not any(found for pattern in files for found in folder.glob(pattern)):
+                raise FileNotFoundError(
+                    f"{self.path} has no tokenizer (tokenizer.json); put that of the weights there."
+                )
         with reading(self.path, self._source.get("gguf_file")):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source)
         vocabulary = tokenizer.get_vocab()
@@ -108,9 +116,11 @@ class HFCausalLM(LLM):
         beyond = {index for index in self._tokenizer.get_vocab().values() if index >= rows}
         # Without rotary positions (or ALiBi) it looks positions up in a table that ends.
         reaches_on = any(getattr(config, name, None) for name in ("rope_parameters", "alibi"))
+        positions = max(0, getattr(config, "max_position_embeddings", None) or 0) or None
+        stable = _stable_positions(config)
         return Limits(
-            tokens=max(0, getattr(config, "max_position_embeddings", None) or 0) or None,
-            hard=not reaches_on,
+            tokens=positions if stable is None else stable,
+            hard=not reaches_on or stable is not None,
             rows=max([rows, *(index + 1 for index in new)]),
             without_row=frozenset(beyond.difference(new)),
         )
@@ -218,6 +228,20 @@ class HFCausalLM(LLM):
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+
+def _stable_positions(config: Any) -> int | None:
+    """Positions within which rotary frequencies do not change with the longest sample of a pack;
+    None where they never do.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    found = [
+        int(one.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for one in settings
+        if one.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(found, default=None)
 
 
 def _rows(table: nn.Module) -> int:

@@ -114,8 +114,9 @@ def print_figures(figures: dict[str, Any]) -> None:
         value, low, high = (format(scale * figure[k], form) for k in ("value", "low", "high"))
         bound = ""
         if figure["bound"] is not None:
-            verdict = "reached" if figure["reached"] else "NOT REACHED"
-            bound = f"  at least {format(scale * figure['bound'], form)}: {verdict}"
+            verdict = ": reached" if figure["reached"] else ": NOT REACHED"
+            small = figures["checkpoints"]["small"] and not figure["reached"]
+            bound = f"  at least {format(scale * figure['bound'], form)}{'' if small else verdict}"
         interval = f"[{low}, {high}] {'%' if scale == 100 else 'nats'}"
         print(f"   {what:<{width}} {value:>6} {interval:<17}{bound}".rstrip())
     if "no media" not in figures["training"]:

@@ -43,14 +43,17 @@ class RunProgress(L.Callback):
             trainer.training = True
 
     def owes_validation(self, trainer: L.Trainer) -> bool:
-        """Whether a validation was due at this step and none was logged; asked of rank 0."""
+        """Whether a validation was due at this step and none is in ``metrics.csv``, which other
+        loggers do not write; asked of rank 0.
+        """
         step, every = trainer.global_step, self.val_every_n_steps
         due = bool(every) and step > 0 and step % cast(int, every) == 0
         owed = False
         if due and trainer.is_global_zero and trainer.datamodule.val_sources:  # type: ignore[attr-defined]
             file = Path(trainer.default_root_dir) / "metrics.csv"
             rows = read_metrics(file, all_attempts=True) if file.exists() else []
-            owed = not any(row.get(STEP) == step - 1 and "val/loss" in row for row in rows)
+            done = any(row.get(STEP) == step - 1 and "val/loss" in row for row in rows)
+            owed = bool(rows) and not done
         return due and bool(trainer.strategy.broadcast(owed))
 
     def on_train_batch_end(

@@ -240,7 +240,10 @@ class StreamStateCallback(L.Callback):
         mine = torch.tensor(
             list(_rows({n: pending.get(n, SourceCounts()) for n in known}).values())
         )
-        total = trainer.strategy.reduce(mine.to(trainer.strategy.root_device), reduce_op="sum")
+        # A copy: on a CPU it is summed in place.
+        total = trainer.strategy.reduce(
+            mine.to(trainer.strategy.root_device, copy=True), reduce_op="sum"
+        )
         all_of = torch.tensor(list(_rows(known).values())) + total.cpu() - mine
         return dict(zip(known, all_of.tolist(), strict=True))
 

@@ -196,6 +196,47 @@ def test_limits_are_those_of_the_positions(tmp_path: Path, family: str) -> None:
             llm(embeds, torch.arange(count)[None], None)
 
 
+SCALED = {
+    "longrope": Phi3Config(
+        **SIZE,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [8.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "dynamic": llama_config(
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    ),
+}
+"""Rotary frequencies that change with the longest sample of a pack."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SCALED)
+def test_no_sample_is_so_long_that_it_changes_the_others_of_its_pack(
+    tmp_path: Path, kind: str
+) -> None:
+    llm = HFCausalLM(save_llm(tmp_path, SCALED[kind]))
+    limits = llm.limits()
+    assert (limits.tokens, limits.hard) == (16, True)
+    llm.build()
+    llm.eval()
+
+    def first_ten(other: int) -> torch.Tensor:
+        places = torch.cat([torch.arange(10), torch.arange(other)])[None]
+        embeds = llm.embed(torch.arange(3, 13 + other).clamp(max=50)[None])
+        return llm(embeds, places, torch.tensor([0, 10, 10 + other]))[0, :10]
+
+    alone = first_ten(1)
+    torch.testing.assert_close(first_ten(16), alone)
+    assert (first_ten(40) - alone).abs().max() > 1e-3  # what the limit keeps away
+
+
 def with_more_tokens(path: str) -> list[str]:
     """Tokens added to the tokenizer only: the last three lie beyond the table's 60 rows."""
     tokenizer = AutoTokenizer.from_pretrained(path)

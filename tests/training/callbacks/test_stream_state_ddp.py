@@ -33,12 +33,30 @@ class Writer(Recorder):
         return loss
 
 
-def fit_on_two(data, folder: Path, max_steps: int, resume=None) -> dict[int, list]:
-    """Train on two spawned processes; samples of each step over both ranks. Saves a checkpoint."""
+class Counts(L.Callback):
+    """Each rank writes what it logs of the data's counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("data/")}
+        with open(self.folder / f"counts-{trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps([trainer.global_step, found]) + "\n")
+
+
+def fit_on_two(
+    data, folder: Path, max_steps: int, resume=None, save_every: int = 1, log_every: int = 50
+) -> dict[int, list]:
+    """Train on two spawned processes; samples of each step over both ranks. Saves checkpoints."""
     folder.mkdir(exist_ok=True)
     data.processor = data._state = None
     saver = L.pytorch.callbacks.ModelCheckpoint(
-        folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+        folder,
+        "{step}",
+        every_n_train_steps=save_every,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
     )
     trainer = L.Trainer(
         max_steps=max_steps,
@@ -46,7 +64,8 @@ def fit_on_two(data, folder: Path, max_steps: int, resume=None) -> dict[int, lis
         accelerator="cpu",
         devices=2,
         strategy="ddp_spawn",
-        callbacks=[StreamStateCallback(), saver],
+        callbacks=[StreamStateCallback(), saver, Counts(folder)],
+        log_every_n_steps=log_every,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
@@ -100,11 +119,27 @@ def test_a_finite_run_ends_on_both_ranks_at_the_same_step(folders, tmp_path):
     assert counts["a"].seen == 58
 
 
-def test_too_many_bad_samples_stop_both_ranks_at_the_same_step_and_all_are_listed(tmp_path):
+@pytest.mark.parametrize(("save_every", "log_every"), [(1, 50), (1000, 1)])
+def test_too_many_bad_samples_stop_both_ranks_at_the_same_step_and_all_are_listed(
+    tmp_path, save_every, log_every
+):
     bad = dict.fromkeys(range(0, 150, 2), "odd")
     folders = {"half": write_source(tmp_path / "half", 150, bad=bad, words=4)}
     with pytest.raises(BadDataError):
         fit(make_data(folders), tmp_path / "one", 100)
     with pytest.raises(ProcessRaisedException, match="BadDataError"):
-        fit_on_two(make_data(folders), tmp_path / "two", 100)
+        fit_on_two(make_data(folders), tmp_path / "two", 100, None, save_every, log_every)
     assert listed(tmp_path / "two") == listed(tmp_path / "one")
+
+
+def test_both_ranks_log_the_counts_of_one(folders, tmp_path):
+    (tmp_path / "one").mkdir()
+    fit(make_data(folders), tmp_path, 8, more=[Counts(tmp_path / "one")], log_every_n_steps=1)
+    fit_on_two(make_data(folders), tmp_path / "two", 8, save_every=3, log_every=1)
+    one, *two = (
+        dict(map(json.loads, (tmp_path / name).read_text().splitlines()))  # last of each step
+        for name in ("one/counts-0.jsonl", "two/counts-0.jsonl", "two/counts-1.jsonl")
+    )
+    assert one.keys() >= {1, 2, 3, 4, 5, 6, 7, 8}
+    one, *two = ({step: found[step] for step in range(1, 9)} for found in (one, *two))
+    assert two == [one, one]

@@ -28,7 +28,7 @@ class PlainConverter(TinyConverter):
 
     def __call__(self, record: Any, shard: str, key: str) -> Sample:
         sample = super().__call__(record, shard, key)
-        return Sample(sample.messages, "plain", shard, key)
+        return Sample(sample.messages, "plain", shard=shard, key=key)
 
 
 class SecondOn(TinyConverter):
