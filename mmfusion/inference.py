@@ -100,6 +100,7 @@ class Chat:
         *,
         stream: bool = False,
         plain: bool = False,
+        stop: str | None = None,
         max_new_tokens: int = 256,
         do_sample: bool = False,
         seed: int | None = None,
@@ -115,11 +116,12 @@ class Chat:
             stream: give pieces of text as they come (one conversation only).
             plain: without the chat template, as captions are trained: go on with the text and media
                 of the messages, e.g. ``[picture, "Image caption:"]``.
+            stop: a text at which the answer ends, e.g. the line break after a caption.
             max_new_tokens: longest answer; it ends earlier where the LLM has no more positions.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
-                ``top_k``, ``repetition_penalty``, ``num_beams``, ``stop_strings``, ...
+                ``top_k``, ``repetition_penalty``, ``num_beams``, ...
 
         Returns:
             The answer, a list of them for a batch, or an iterator over pieces of it.
@@ -137,12 +139,17 @@ class Chat:
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self._batch(encoded)
         options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
+        criteria = StoppingCriteriaList()
+        if stop:
+            criteria.append(_StopAt(stop, self.processor.tokenizer))
+        options["stopping_criteria"] = criteria
         if stream:
             return self._stream(prompts, seed, options)
         with _seeded(seed):
             ids = generate(self.model, prompts, **options)
         answers = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [answer.strip() for answer in answers] if batch else answers[0].strip()
+        answers = [(answer.partition(stop)[0] if stop else answer).strip() for answer in answers]
+        return answers if batch else answers[0]
 
     def _stream(
         self, prompts: Batch, seed: int | None, options: dict[str, Any]
@@ -150,18 +157,13 @@ class Chat:
         """Pieces of the answer; leaving the iterator early stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         stop = _Stop()
+        options["stopping_criteria"].append(stop)
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
                 with _seeded(seed):
-                    generate(
-                        self.model,
-                        prompts,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([stop]),
-                        **options,
-                    )
+                    generate(self.model, prompts, streamer=streamer, **options)
             except BaseException as error:  # handed to the consumer below
                 errors.append(error)
                 streamer.end()
@@ -342,6 +344,21 @@ def _seeded(seed: int | None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+class _StopAt(StoppingCriteria):
+    """Stops a row where its text holds ``stop``. (Hugging Face's ``stop_strings`` knows the
+    vocabularies of some kinds of tokenizers only.)
+    """
+
+    def __init__(self, stop: str, tokenizer: Any) -> None:
+        self._stop, self._tokenizer = stop, tokenizer
+        self._window = len(stop.encode()) + 4
+        """Tokens that may hold it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, -self._window :])
+        return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
 class _Stop(StoppingCriteria):

@@ -160,6 +160,37 @@ def test_nothing_to_evaluate_on_is_an_error(home, command, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_run_that_is_not_there_is_not_evaluated_unless_asked(home, command, tmp_path, capsys):
+    val = {"val": {"shards": f"{home}/val-*.tar", "converter": CONVERTER}}
+    recipe = write_recipe(home, data__val_sources=val)
+    options = [command, "-c", recipe, f"--run_dir={tmp_path}/typo"]
+    assert "typo has no checkpoint" in fails(capsys, *options)[1]
+    main([*map(str, options), "--resume=none"])
+
+
+def test_a_run_directory_stands_for_its_recipe(home, tmp_path, monkeypatch, capsys):
+    """And its folder may be named by a variable."""
+    monkeypatch.setenv("RUNS_OF_TEST", str(tmp_path))
+    changes = {"trainer__max_steps": 2, "model__schedule": {"warmup_steps": 0}}
+    recipe = write_recipe(home, run_dir="$RUNS_OF_TEST/run", **changes)
+    main(["fit", "-c", str(recipe)])
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    main(["fit", "-c", f"{tmp_path}/run"])
+    assert "going on from" in capsys.readouterr().err
+    main(["fit", f"--config={tmp_path}/run"])
+    assert "going on from" in capsys.readouterr().err
+    assert "is not a run directory" in fails(capsys, "fit", "-c", tmp_path)[1]
+    unset = ["fit", "-c", tmp_path / "run", "--run_dir=$RUNS_NO/x"]
+    assert "'$RUNS_NO/x' names an environment variable that is not set" in fails(capsys, *unset)[1]
+
+
+def test_shards_that_are_missing_are_named_by_their_key(home, tmp_path, capsys):
+    recipe = write_recipe(home, run_dir=str(tmp_path / "run"))
+    error = fails(capsys, "fit", "-c", recipe, "--data.sources.words.shards=none-*.tar")[1]
+    assert "data.sources.words.shards: no shard 'none-*.tar'" in error
+
+
 def test_what_the_user_says_of_threads_and_kernels_stays():
     code = "from mmfusion.cli import main; import os; main(['--version']); print(dict(os.environ))"
     for given, spins in (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import mmfusion
 from mmfusion.inference import Chat, conversation
@@ -199,3 +201,37 @@ def test_load_leaves_the_global_generator(run_dir: Path) -> None:
     before = torch.get_rng_state()
     mmfusion.load(run_dir, device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plain_prompt_is_gone_on_with_without_the_template(chat: Chat) -> None:
+    encoded = chat.processor.prompt(ask(IMAGE, "w1 w2"), plain=True)
+    sample = Sample((*ask(IMAGE, "w1 w2"), Message("assistant", (Text(" w3"),))), format="plain")
+    whole = chat.processor.plan(sample).input_ids.tolist()
+    ids = encoded.planned.input_ids.tolist()
+    assert ids == whole[: len(ids)]
+    assert len(ids) < len(chat.processor.prompt(ask(IMAGE, "w1 w2")).planned)
+    batch = chat._batch([encoded])
+    hidden = chat.model(batch).hidden_states[0, -1]
+    likeliest = chat.processor.tokenizer.decode([int(chat.model.llm.logits(hidden).argmax())])
+    assert chat.generate(ask(IMAGE, "w1 w2"), plain=True, max_new_tokens=1) == likeliest.strip()
+
+
+def test_an_answer_ends_at_a_text(chat: Chat) -> None:
+    whole = chat.generate(PROMPTS, max_new_tokens=8)
+    stop = whole[0].split()[-1]
+    for found, answer in zip(
+        chat.generate(PROMPTS, max_new_tokens=8, stop=stop), whole, strict=True
+    ):
+        assert found == answer.partition(stop)[0].strip()
+    pieces = list(chat.generate(PROMPTS[0], stream=True, max_new_tokens=8, stop=stop))
+    assert "".join(pieces).strip().endswith(stop)
+    assert "".join(pieces).count(stop) == 1
+
+
+def test_a_picture_may_be_one_of_pil() -> None:
+    picture = Image.new("RGB", (4, 3), "red")
+    part = {"type": "image", "image": picture}
+    (message,) = conversation([{"role": "user", "content": [part]}])
+    (media,) = message.content
+    assert (media.modality, media.format) == ("image", "png")
+    assert Image.open(io.BytesIO(media.data)).getpixel((0, 0)) == (255, 0, 0)

@@ -78,8 +78,10 @@ class MultimodalData(L.LightningDataModule):
             "val_limit": 1 if val_limit is None else val_limit,
         }  # fmt: skip
         for name, value in counts.items():
-            if not 1 <= value <= MAX_COUNT:
-                raise ValueError(f"data.{name} must be 1 to {MAX_COUNT}, got {value}")
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+            if value > MAX_COUNT:
+                raise ValueError(f"data.{name} must be at most {MAX_COUNT}, got {value}")
         if num_workers < 0 or not 0 <= max_bad_fraction <= 1:
             raise ValueError(
                 f"data.num_workers is {num_workers}, expected 0 or more; data.max_bad_fraction is "

@@ -38,7 +38,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"PK\x03\x04": "zip",
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _MOST_LISTED = 5
 _BORDERS = 8
 
@@ -190,7 +190,7 @@ class _Samples:
             self.problems.append(f"{name!r}: no key or no extension; readers would drop it")
             return
         key, extension = parts
-        if _CONTROL.search(name):
+        if CONTROL.search(name):
             self.problems.append(f"{name!r}: control characters would act on terminals and logs")
             return
         if key.startswith("__") or extension.startswith("__"):

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Mapping
 from types import TracebackType
 
-from mmfusion.data.index import index_path, scan, write_index
+from mmfusion.data.index import CONTROL, index_path, scan, write_index
 from mmfusion.data.whole_file import naming, publish, temporary_path
 
 logger = logging.getLogger(__name__)
@@ -232,10 +232,11 @@ class _OpenTar:
 
 
 def _check_key(key: str) -> None:
-    if not key or "." in key or "/" in key or "\0" in key or key.startswith("__"):
+    if not key or "." in key or "/" in key or CONTROL.search(key) or key.startswith("__"):
         raise ValueError(
-            f"key {key!r}: expected a name without dots (the first one starts the extension) and "
-            "slashes, not empty and not starting with __; replace them, e.g. by -"
+            f"key {key!r}: expected a name without dots (the first one starts the extension), "
+            "slashes and control characters, not empty, not starting with __; replace them, e.g. "
+            "by -"
         )
     _check_encodable(key)
 
@@ -244,7 +245,7 @@ def _check_record(key: str, record: Mapping[str, bytes]) -> None:
     if not record:
         raise ValueError(f"record {key!r} holds no files; expected at least one extension")
     for extension, content in record.items():
-        odd = extension != extension.lower() or "/" in extension or "\0" in extension
+        odd = extension != extension.lower() or "/" in extension or CONTROL.search(extension)
         if not extension or odd or extension.startswith((".", "__")):
             raise ValueError(
                 f"extension {extension!r} of {key!r}: expected lower case without a leading dot, "

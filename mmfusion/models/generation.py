@@ -42,8 +42,6 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
     room = model.llm.limits().room(embeds.shape[1])
     if room is not None and (asked := options.get("max_new_tokens")):
         options["max_new_tokens"] = min(asked, room)
-    if options.get("stop_strings"):
-        options["tokenizer"] = model.processor().tokenizer
     end = end_token_ids(model)
     # Layers compiled for training would be compiled anew for every state of the cache.
     with torch.compiler.set_stance("force_eager"):

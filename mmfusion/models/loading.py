@@ -20,9 +20,8 @@ DAMAGE = (
     LookupError,
     OSError,
     pickle.UnpicklingError,
-    RuntimeError,
 )
-"""What loaders raise on files that are damaged, pickled, or of another model."""
+"""What loaders raise on files that are damaged or pickled."""
 
 
 def checked_path(path: str, needed_file: str) -> str:
@@ -79,6 +78,11 @@ class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
     ) -> None:
         # The tokenizers package raises plain Exceptions, the gguf package plain ValueErrors.
         plain = kind is Exception or (kind is ValueError and self._gguf_file is not None)
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"the weights in {self._path} have other shapes than its config.json says (see the "
+                "report above)."
+            ) from error
         if not isinstance(error, DAMAGE) and not plain:
             return
         for file, why in damaged_files(Path(self._path), self._gguf_file):
@@ -90,11 +94,6 @@ class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)
             raise ValueError(
                 f"the weights in {self._path} hold pickled objects, which are never run; convert "
                 "them to safetensors."
-            ) from error
-        if "ignore_mismatched_sizes" in str(error):
-            raise ValueError(
-                f"the weights in {self._path} have other shapes than its config.json says (see the "
-                "report above)."
             ) from error
         if not isinstance(error, OSError) and kind is not ValueError:
             raise ValueError(

@@ -17,7 +17,10 @@ from datetime import date
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    render_jinja_template,
+)
 
 from mmfusion.processing.special_tokens import check_plain_text, placeholder, special_token_pattern
 from mmfusion.types import DataError, Media, Message
@@ -103,16 +106,16 @@ class ChatRenderer:
                 "conversations cannot be rendered. Set `tokenizer.chat_template` (a "
                 "chat_template.jinja beside tokenizer.json), or use an instruct model."
             )
-        return self.tokenizer.get_chat_template()
+        template = self.tokenizer.get_chat_template()
+        # The compiled template, which transformers keeps; what is passed to it must be plain data.
+        _compile_jinja_template(template).globals["strftime_now"] = DATE.strftime
+        return template
 
     def _render(self, turns: list[dict[str, str]], generation_prompt: bool = False) -> str:
         self._template()
         with _refusals(turns):
             return self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                strftime_now=DATE.strftime,
+                turns, tokenize=False, add_generation_prompt=generation_prompt
             )
 
     def _render_blocks(self, turns: list[dict[str, str]]) -> tuple[str, list[Span]]:
@@ -126,7 +129,6 @@ class ChatRenderer:
                 conversations=[turns],
                 chat_template=self._template(),
                 return_assistant_tokens_mask=True,
-                strftime_now=DATE.strftime,
                 **self.tokenizer.special_tokens_map,
             )
         spans = []

@@ -54,5 +54,6 @@ def check_plain_text(text: str, special: re.Pattern[str]) -> None:
             "special_token_in_text",
             f"the text contains {found.group()!r} at character {found.start()}, which is a special "
             f"token of the tokenizer: ...{text[max(0, found.start() - 20) : found.end() + 20]!r}. "
-            "Remove it from the data; media are named by the converter, not by text.",
+            "Remove it: media are parts of a message of their own (from data, the converter names "
+            "them), not text.",
         )

@@ -57,7 +57,7 @@ def chat(
         "seed": seed,
     }
     if plain:
-        options |= {"plain": True, "stop_strings": "\n"}
+        options |= {"plain": True, "stop": "\n"}
     session = Session(load(run_dir, step, device), options, system)
     print(f"{run_dir} is ready. {session.help()}", flush=True)
     for line in lines():

@@ -232,7 +232,7 @@ class RecipeCommand(LightningCLI):
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         if leads:
             self.datamodule.open_shards()  # refused here, before anything is made
-        with run.open(recipe) if leads else nullcontext() as attempt:
+        with run.open(recipe) if leads else nullcontext() as attempt, _stopping_at_once():
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
                 attempt.step = step

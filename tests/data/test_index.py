@@ -213,6 +213,8 @@ def test_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         (["a.", "b.txt"], "no key or no extension"),
         (["__index__.json", "a.jpg"], "reserved"),
         (["a.__key__"], "reserved"),
+        (["a\x1b[2J.txt"], "control characters"),
+        (["a\nERROR b.txt"], "control characters"),
     ],
 )
 def test_names_that_readers_would_drop_or_mix_up_are_refused(

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFWriter
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
 
 from mmfusion.models.encoders.efficientnet import EfficientNetLite
@@ -127,3 +129,21 @@ def test_code_of_a_stranger_is_neither_run_nor_asked_for(
         kind(str(tmp_path)).config  # noqa: B018
     assert not marker.exists()
     assert not asked
+
+
+def test_weights_of_another_kind_are_named_with_their_folder(tmp_path: Path) -> None:
+    folder = Path(save_llm(tmp_path / "llm"))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file; give its folder"):
+        HFCausalLM(str(folder / "model.safetensors"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v[:-1].contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"llm have other shapes than its config\.json says"):
+        HFCausalLM(str(folder)).build()
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Path("objects")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled objects, which are never run"):
+        HFCausalLM(str(folder)).build()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="llm has no tokenizer"):
+        HFCausalLM(str(folder)).tokenizer()

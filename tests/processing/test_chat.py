@@ -259,3 +259,15 @@ def test_smollm_ids_equal_apply_chat_template(smollm: Any) -> None:
         assert ids == smollm.apply_chat_template(turns, tokenize=True)["input_ids"]
         answers = [text + "<|im_end|>" for role, text in talk if role == "assistant"]
         assert trained_text(chat, ids, trained) == answers
+
+
+def test_a_template_that_prints_the_date_gives_the_same_ids_every_day(
+    trained_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for template in (CHATML, GENERATION):
+        chat = renderer(trained_tokenizer, "Today: {{ strftime_now('%d') }}\n" + template)
+        ids, trained = chat.chat(messages(*TALK))
+        assert chat.tokenizer.decode(ids).startswith("Today: 26")
+        assert squeeze(trained_text(chat, ids, trained)[0]).startswith(squeeze(ANSWER))
+        prompt, _ = chat.chat(messages(*TALK[:1]), generation_prompt=True)
+        assert chat.tokenizer.decode(prompt).startswith("Today: 26")

@@ -267,3 +267,13 @@ def test_playlists_open_no_other_file(
     with open("film.mp4", "wb") as file:
         file.write(film(5))
     assert reason(playlist) == "corrupt_video"
+
+
+def test_frames_that_are_shown_many_times_count_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = film(3, fps=1)
+    assert len(decode_video(data, "mp4", fps=4)) == 12
+    monkeypatch.setattr(videos, "MAX_DECODED_PIXELS", 11 * HEIGHT * WIDTH)
+    with pytest.raises(DataError, match="12 frames of"):
+        decode_video(data, "mp4", fps=4)
+    with pytest.raises(DataError, match="frames are asked for"):
+        count_frames(data, "mp4", fps=1e9)

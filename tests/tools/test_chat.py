@@ -12,7 +12,7 @@ from transformers import GPT2Config
 import mmfusion
 from mmfusion.models.projectors.linear import Linear
 from mmfusion.tools.chat import Session
-from mmfusion.types import Media, Text
+from mmfusion.types import Media, Message, Text
 from tests.models.tiny import save_llm, tiny_model
 from tests.recipes.tiny_cache import encoders, fill
 from tests.training.tiny import fit, write_recipe
@@ -183,3 +183,16 @@ def test_reset_forgets_everything_but_the_system_message(
     session.handle("/reset")
     assert [message.role for message in session.history] == ["system"]
     assert session.pending == []
+
+
+def test_plain_lines_stand_alone_without_the_template(
+    loaded: mmfusion.inference.Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(loaded, {"max_new_tokens": 4, "plain": True})
+    session.handle("w5")
+    first = capsys.readouterr().out
+    session.handle("w1")
+    session.handle("w5")
+    assert capsys.readouterr().out.splitlines()[-1] == first.strip("\n")
+    turn = [Message("user", (Text("w5"),))]
+    assert first.strip() == loaded.generate(turn, plain=True, max_new_tokens=4)

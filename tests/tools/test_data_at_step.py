@@ -101,3 +101,11 @@ def test_a_step_that_is_never_trained_is_refused(folders, tmp_path, capsys):
         at_step(recipe, 3)
     with pytest.raises(ValueError, match="step 1000 is never trained: the data end before it"):
         list(samples_at(make_data(folders, epochs=1.0), 1000))
+
+
+def test_keys_of_the_recipe_are_taken_as_fit_takes_them(tmp_path, capsys):
+    recipe = str(write_recipe(tmp_path))
+    main(["data", "at-step", recipe, "1"])
+    usual = capsys.readouterr().out
+    main(["data", "at-step", recipe, "1", "--data.seed=5"])
+    assert capsys.readouterr().out != usual

@@ -11,6 +11,7 @@ from mmfusion.training.recipe_parser import (
     refuse_repeated_keys,
     with_suggestion,
 )
+from tests.training.tiny import write_recipe
 
 
 def test_a_key_left_out_for_being_empty_is_found():
@@ -76,3 +77,33 @@ def test_a_second_section_of_a_recipe_is_refused(
     told = capsys.readouterr().err
     assert "twice.yaml: the key 'trainer' comes twice, in lines 1 and 3" in told
     assert "Traceback" not in told
+
+
+COMMAND = {"class_path": "os.system", "init_args": {"command": "touch ran"}}
+HOOK = {
+    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+    "init_args": {"on_fit_start": COMMAND},
+}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "describe", "data at-step"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model__input_projectors", {"image": COMMAND}),
+        ("model__optimizer", COMMAND),
+        ("trainer__callbacks", [HOOK]),
+    ],
+)
+def test_a_function_of_a_stranger_is_not_called(
+    tmp_path, tmp_path_factory, monkeypatch, capsys, command, key, value
+):
+    home = tmp_path_factory.getbasetemp() / "functions"
+    recipe = str(write_recipe(home, **{key: value}))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-c", recipe] if command in ("fit", "validate") else [recipe]
+    step = ["1"] if command == "data at-step" else []
+    with pytest.raises(SystemExit):
+        main([*command.split(), *arguments, *step])
+    assert "class_path is os.system, which is no class" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()

@@ -24,15 +24,15 @@ from mmfusion.tools.quickstart.assets import ASSETS, fetch_all
 STAGE1, NO_MEDIA = "1_align_input", "1_no_media"
 SMALL = {
     STAGE1: [
-        "--trainer.max_steps=30",
-        "--val_every_n_steps=30",
+        "--trainer.max_steps=25",
+        "--val_every_n_steps=25",
         "--data.pack_tokens=160",
         "--data.val_limit=8",
         "--model.compile=false",
     ],
     "3_instruct": [
-        "--trainer.max_steps=20",
-        "--val_every_n_steps=20",
+        "--trainer.max_steps=14",
+        "--val_every_n_steps=14",
         "--data.pack_tokens=500",
         "--data.val_limit=8",
         "--model.compile=false",

@@ -125,6 +125,11 @@ def test_printed_table_says_which_bounds_are_missed(figures, capsys):
     assert out.count("NOT REACHED") == 1
     assert out.count(": reached") == 2
     assert len(out.splitlines()) == len(list(rows(figures))) + 1
+    figures["checkpoints"]["small"] = True  # whose bounds they are not
+    print_figures(figures)
+    out = capsys.readouterr().out
+    assert "NOT REACHED" not in out
+    assert out.count("at least") == 3
 
 
 def test_printed_columns_are_below_each_other_whatever_the_names(figures, capsys):
