@@ -347,8 +347,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 class _StopAt(StoppingCriteria):
-    """Stops a row where its text holds ``stop``. (Hugging Face's ``stop_strings`` knows the
-    vocabularies of some kinds of tokenizers only.)
+    """Stops a row where its text holds ``stop``, with any tokenizer; Hugging Face's
+    ``stop_strings`` knows the vocabularies of some kinds only.
     """
 
     def __init__(self, stop: str, tokenizer: Any) -> None:
