@@ -218,7 +218,7 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     assert figures["shapes"]["questions"] > 0
     assert figures["memory_gib"] < 8
     assert set(figures["training"]) == {"stage 1", "stage 3", "no media"}
-    assert figures["training"]["no media"]["steps"] == figures["training"]["stage 1"]["steps"] == 30
+    assert figures["training"]["no media"]["steps"] == figures["training"]["stage 1"]["steps"] == 25
     for found in figures["captions"].values():
         gain = found["loss"]["no-media run"]["value"] - found["loss"]["right"]["value"]
         assert found["gain"]["over no-media run"]["value"] == pytest.approx(gain)
