@@ -54,6 +54,8 @@ class Media:
         format: the file's extension without the dot, lower case (``jpg``, ``ogg``, ``mp4``).
         start, end: seconds; the part of a video or audio file to use (None: from the start, to the
             end).
+        caption: what it shows, in words; of media in an assistant turn, the text that a generator
+            would be given to make it.
     """
 
     modality: str
@@ -61,11 +63,12 @@ class Media:
     format: str
     start: float | None = None
     end: float | None = None
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Media in a user turn is input."""
+    """One turn. Media in a user turn is input, in an assistant turn a generator's target."""
 
     role: Role
     content: tuple[Text | Media, ...]
@@ -109,9 +112,21 @@ class Sample:
 
     @property
     def media(self) -> list[Media]:
-        """All media in reading order."""
+        """Input media in reading order."""
+        return self._media(answers=False)
+
+    @property
+    def targets(self) -> list[Media]:
+        """Media of assistant turns in reading order."""
+        return self._media(answers=True)
+
+    def _media(self, answers: bool) -> list[Media]:
         return [
-            part for message in self.messages for part in message.content if isinstance(part, Media)
+            part
+            for message in self.messages
+            if (message.role == "assistant") == answers
+            for part in message.content
+            if isinstance(part, Media)
         ]
 
 
@@ -128,18 +143,29 @@ class MediaSlots:
 
 
 @dataclass(frozen=True)
+class SignalSlots:
+    """Where the signal tokens of one target are: ``num_tokens`` from ``start``."""
+
+    modality: str
+    num_tokens: int
+    start: int
+
+
+@dataclass(frozen=True)
 class PlannedSample:
     """Everything about a sample but the decoded media; enough to pack it.
 
     Attributes:
         input_ids: (T,) int64; media slots hold the modality's placeholder id.
         trained: (T,) bool; True where the token is a prediction target.
-        media: slots of each media item in reading order.
+        media: slots of each input item in reading order.
+        targets: signal tokens of each target in reading order.
     """
 
     input_ids: Tensor
     trained: Tensor
     media: tuple[MediaSlots, ...]
+    targets: tuple[SignalSlots, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -151,11 +177,15 @@ class EncodedSample:
 
     Attributes:
         tensors: for each entry of ``planned.media``, what its media processor made.
+        targets: for each entry of ``planned.targets``, what its generator's processor made.
+        captions: of the targets; empty where there is none.
         ref, shard, key: where it came from.
     """
 
     planned: PlannedSample
     tensors: tuple[MediaTensors, ...]
+    targets: tuple[MediaTensors, ...] = ()
+    captions: tuple[str, ...] = ()
     ref: SampleRef | None = None
     shard: str = ""
     key: str = ""
@@ -197,6 +227,58 @@ class MediaBatch(_Tensors):
 
 
 @dataclass
+class TargetBatch(_Tensors):
+    """The targets of one modality in a batch, in reading order. M targets, S signal tokens of each.
+
+    Attributes:
+        tensors: each with leading M, as the generator's target processor collated them.
+        slots: (M, S) int64, positions of the signal tokens in the flattened (B*T) batch.
+        segments: (M,) int64, index of each target's sample.
+        keys: (M,) int64, what each target's noise is drawn from.
+        captions: M texts; empty where there is none.
+        idle: True where the batch has no target of this modality: one idle target without signal
+            tokens keeps the graph the same on every rank; its loss is zero.
+    """
+
+    tensors: MediaTensors
+    slots: Tensor
+    segments: Tensor
+    keys: Tensor
+    captions: list[str]
+    idle: bool = False
+
+
+@dataclass
+class Conditioning(_Tensors):
+    """What a generator is conditioned on. M items.
+
+    Attributes:
+        tokens: (M, C, D_g).
+        pooled: (M, P), for generators that take such a vector as well.
+        mask: (M, C) bool, True on valid tokens; None: all are.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """The conditioning a generator takes: its text encoder's shapes.
+
+    Attributes:
+        tokens: C, tokens that its text encoder gives.
+        dim: D_g.
+        pooled_dim: P, 0 where it takes none.
+    """
+
+    tokens: int
+    dim: int
+    pooled_dim: int = 0
+
+
+@dataclass
 class Batch(_Tensors):
     """One micro-batch: packs laid end to end in one row (B = 1, ``cu_seqlens`` set), or padded rows
     (``cu_seqlens`` None).
@@ -210,9 +292,11 @@ class Batch(_Tensors):
         cu_seqlens: (S+1,) int32, sample borders in the row, or None where rows are samples padded
             on the right.
         segment_ids: (B, T) int64, index into ``samples``, -1 on padding.
-        media: one entry for every modality of the model, idle or not.
-        step_targets: () int64, supervised tokens in ALL micro-batches of this optimizer step on
-            this rank. Summed over ranks it normalises the loss.
+        media: one entry for every modality that the model takes, idle or not.
+        targets: one entry for every modality that it makes, idle or not.
+        step_counts: () int64 each, in ALL micro-batches of this optimizer step on this rank:
+            supervised ``tokens``, and targets by modality. Summed over ranks they normalise the
+            losses.
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).
@@ -226,7 +310,8 @@ class Batch(_Tensors):
     cu_seqlens: Tensor | None
     segment_ids: Tensor
     media: dict[str, MediaBatch]
-    step_targets: Tensor
+    targets: dict[str, TargetBatch]
+    step_counts: dict[str, Tensor]
     samples: list[BatchSample] = field(default_factory=list)
     stream: Any = None
     _host: Batch | None = field(default=None, init=False, repr=False, compare=False)
@@ -257,11 +342,13 @@ class ModelOutput:
     Attributes:
         hidden_states: (B, T, D), after the LLM's last norm.
         media_tokens: projected media by modality, (N, P, D).
+        conditioning: for each modality the model makes, that of its M targets.
         idle: () zero, in the graph of every idle row; whoever sums the losses adds it.
     """
 
     hidden_states: Tensor
     media_tokens: dict[str, Tensor]
+    conditioning: dict[str, Conditioning]
     idle: Tensor
 
 
