@@ -89,6 +89,8 @@ def audit(
         *((f"encoders.{name}", module) for name, module in model.encoders.items()),
         *((f"input_projectors.{name}", module) for name, module in model.input_projectors.items()),
         ("llm", model.llm),
+        *((f"output_projectors.{name}", part) for name, part in model.output_projectors.items()),
+        *((f"generators.{name}", part) for name, part in model.generators.items()),
     ]
     return AuditTable([_row(name, part, groups) for name, part in parts])
 
@@ -156,11 +158,11 @@ def _token_tables(model: AnyToAnyModel) -> Named:
 
 
 def _check_not_random(model: AnyToAnyModel, loaded: Collection[str]) -> None:
-    """Input projectors and adapters start at random: they must train or come from ``init_from``."""
+    """Projectors and adapters start at random: they must train or come from ``init_from``."""
     noise = [
         name
         for name, parameter in model.named_parameters()
-        if (name.startswith("input_projectors.") or ".lora_" in name)
+        if (name.startswith(("input_projectors.", "output_projectors.")) or ".lora_" in name)
         and not parameter.requires_grad
         and name not in loaded
     ]

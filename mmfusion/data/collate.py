@@ -7,13 +7,23 @@ same graph. B rows, T tokens of a row, N items of a modality, S samples.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmfusion.processing.processor import Processor
-from mmfusion.types import IGNORE_INDEX, Batch, BatchSample, EncodedSample, MediaBatch, MediaTensors
+from mmfusion.types import (
+    IGNORE_INDEX,
+    Batch,
+    BatchSample,
+    EncodedSample,
+    MediaBatch,
+    MediaTensors,
+    SampleRef,
+    TargetBatch,
+)
 
 
 def pad_token_id(processor: Processor) -> int:
@@ -36,7 +46,7 @@ def collate(
         pad_rows: one row a sample, padded on the right, instead of all in one row.
 
     Returns:
-        A batch whose ``step_targets`` counts its own labels; the loader sets the step's.
+        A batch whose ``step_counts`` are its own; the loader sets the step's.
 
     Raises:
         ValueError: where placeholder slots and media items do not match.
@@ -59,14 +69,20 @@ def collate(
         positions[row, span] = torch.arange(lengths[s])
         segments[row, span] = s
     borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    starts = [row * width + start for row, start in places]
+    targets = _targets(samples, starts, processor)
     batch = Batch(
         input_ids=ids,
         labels=labels,
         position_ids=positions,
         cu_seqlens=None if pad_rows else borders,
         segment_ids=segments,
-        media=_media(samples, [row * width + start for row, start in places], processor),
-        step_targets=(labels != IGNORE_INDEX).sum(),
+        media=_media(samples, starts, processor),
+        targets=targets,
+        step_counts={
+            "tokens": (labels != IGNORE_INDEX).sum(),
+            **{name: torch.tensor(0 if t.idle else len(t.slots)) for name, t in targets.items()},
+        },
         samples=[_provenance(sample) for sample in samples],
     )
     _check_slots(batch, processor)
@@ -113,6 +129,55 @@ def _media(
         )
         for modality, media in processor.media.items()
     }
+
+
+def _targets(
+    samples: Sequence[EncodedSample], starts: Sequence[int], processor: Processor
+) -> dict[str, TargetBatch]:
+    """Targets of every modality that the model makes."""
+    found: dict[str, list[tuple[MediaTensors, Tensor, int, int, str]]]
+    found = {modality: [] for modality in processor.targets}
+    for s, (sample, start) in enumerate(zip(samples, starts, strict=bool(samples))):
+        planned = zip(sample.planned.targets, sample.targets, sample.captions, strict=True)
+        for number, (slots, tensors, caption) in enumerate(planned):
+            first = start + slots.start
+            place = torch.arange(first, first + slots.num_tokens)
+            key = _noise_key(sample.ref, number)
+            found[slots.modality].append((tensors, place, s, key, caption))
+    return {
+        modality: _target_batch(modality, items, processor) for modality, items in found.items()
+    }
+
+
+def _target_batch(
+    modality: str, items: list[tuple[MediaTensors, Tensor, int, int, str]], processor: Processor
+) -> TargetBatch:
+    target = processor.targets[modality]
+    if not items:
+        none = torch.zeros(1, dtype=torch.int64)
+        return TargetBatch(
+            tensors=target.collate([target.idle()]),
+            slots=torch.zeros(1, processor.signal_tokens[modality], dtype=torch.int64),
+            segments=none,
+            keys=none,
+            captions=[""],
+            idle=True,
+        )
+    tensors, places, segments, keys, captions = zip(*items, strict=True)
+    return TargetBatch(
+        tensors=target.collate(tensors),
+        slots=torch.stack(places),
+        segments=torch.tensor(segments),
+        keys=torch.tensor(keys),
+        captions=list(captions),
+    )
+
+
+def _noise_key(ref: SampleRef | None, number: int) -> int:
+    """What a target's noise is drawn from: another one in each epoch, the same on any rank."""
+    assert ref is not None, "the loader names every sample"
+    text = f"{ref.source}/{ref.epoch}/{ref.index}/{ref.position}/{number}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def _check_slots(batch: Batch, processor: Processor) -> None:

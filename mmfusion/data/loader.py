@@ -52,8 +52,14 @@ def make_micro_batches(
     for i in range(division.micro_batches):
         groups.append([x for pack in step.packs[i * size : (i + 1) * size] for x in pack])
     batches = [collate(samples, processor, pad_rows) for samples in groups]
-    targets = torch.stack([batch.step_targets for batch in batches]).sum()
-    batches = [replace(batch, step_targets=targets.clone()) for batch in batches]
+    counts = {
+        unit: torch.stack([batch.step_counts[unit] for batch in batches]).sum()
+        for unit in batches[0].step_counts
+    }
+    batches = [
+        replace(batch, step_counts={unit: count.clone() for unit, count in counts.items()})
+        for batch in batches
+    ]
     batches[-1].stream = step.record
     return batches
 

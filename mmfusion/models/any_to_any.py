@@ -1,18 +1,20 @@
 """The figure of the architecture: encode each modality, project it, put its tokens among the
-text's, run the LLM.
+text's, run the LLM, project its hidden states at signal tokens to what the generators take.
 
-    image ─► encoder ─► input projector ─┐
-    video ─► encoder ─► input projector ─┼─► LLM ─► hidden states ─► objectives
-    audio ─► encoder ─► input projector ─┤
-    text ────────────────────────────────┘
+    image ─► encoder ─► input projector ─┐       ┌─► output projector ─► conditioning of a generator
+    video ─► encoder ─► input projector ─┼─► LLM ┼─► output projector ─► conditioning of a generator
+    audio ─► encoder ─► input projector ─┤       ├─► output projector ─► conditioning of a generator
+    text ────────────────────────────────┘       └─► text
 
-Legend: B rows, T tokens of a row, D hidden, N items of a modality, F features, P tokens of an item.
+Legend: B rows, T tokens of a row, D hidden, N items of a modality, F features, P tokens of an item;
+M targets of a modality, S signal tokens of a target, C tokens of its conditioning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import cast
 
 import torch
@@ -20,19 +22,38 @@ from torch import Tensor, nn
 
 from mmfusion.models import fusion
 from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.generators.base import Generator
 from mmfusion.models.llms.base import LLM
+from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
 from mmfusion.processing.processor import Processor
-from mmfusion.types import Batch, MediaBatch, MediaTensors, ModelOutput
+from mmfusion.processing.special_tokens import signal_tokens as signals_of
+from mmfusion.types import (
+    Batch,
+    Conditioning,
+    ConditioningSpec,
+    MediaBatch,
+    MediaTensors,
+    ModelOutput,
+)
+
+OutputFactory = Callable[[int, ConditioningSpec], OutputProjector]
 
 
 class AnyToAnyModel(nn.Module):
-    """Encoders, input projectors and the LLM of a recipe.
+    """The five parts of a recipe.
 
     Args:
-        encoders: one for each modality.
-        input_projectors: for each modality, what makes its projector from the two widths.
+        encoders: one for each modality that is read.
+        input_projectors: for each of them, what makes its projector from the two widths.
         llm: the backbone.
+        signal_tokens: for each modality that is made, how many signal tokens stand for an item;
+            they are added to the LLM's vocabulary.
+        output_projectors: for each of them, what makes its projector from the LLM's width and the
+            generator's specification.
+        generators: one for each of them.
+        needs: for each of them, the parts of its generator that are loaded.
+        captioned: those whose targets need a caption.
     """
 
     def __init__(
@@ -40,6 +61,11 @@ class AnyToAnyModel(nn.Module):
         encoders: Mapping[str, Encoder],
         input_projectors: Mapping[str, Callable[[int, int], Projector]],
         llm: LLM,
+        signal_tokens: Mapping[str, int] | None = None,
+        output_projectors: Mapping[str, OutputFactory] | None = None,
+        generators: Mapping[str, Generator] | None = None,
+        needs: Mapping[str, Collection[str]] | None = None,
+        captioned: Collection[str] = (),
     ) -> None:
         super().__init__()
         if set(encoders) != set(input_projectors):
@@ -47,10 +73,25 @@ class AnyToAnyModel(nn.Module):
                 f"encoders are for {sorted(encoders)}, input_projectors for "
                 f"{sorted(input_projectors)}; give each modality one of both."
             )
+        made = [set(given or {}) for given in (signal_tokens, output_projectors, generators)]
+        if made[0] != made[1] or made[0] != made[2]:
+            raise ValueError(
+                "signal_tokens, output_projectors and generators are for "
+                f"{[sorted(names) for names in made]}; give each modality one of all three."
+            )
         self.encoders = nn.ModuleDict(dict(encoders))
         self.input_projectors = nn.ModuleDict()
         self.llm = llm
+        self.output_projectors = nn.ModuleDict()
+        self.generators = nn.ModuleDict(dict(generators or {}))
+        self.signal_tokens = dict(signal_tokens or {})
+        for modality, count in self.signal_tokens.items():
+            if count < 1:
+                raise ValueError(f"signal_tokens.{modality} is {count}; expected 1 or more.")
+            llm.add_tokens(signals_of(modality, count))
         self._factories = dict(input_projectors)
+        self._output_factories = dict(output_projectors or {})
+        self._needs, self._captioned = dict(needs or {}), frozenset(captioned)
         self._processor: Processor | None = None
 
     def build(self, pretrained: bool = True) -> None:
@@ -60,6 +101,16 @@ class AnyToAnyModel(nn.Module):
             self._encoder(modality).build(pretrained)
             if modality not in self.input_projectors:
                 self.input_projectors[modality] = self._projector(modality)
+        for modality, make in self._output_factories.items():
+            generator = self.generator(modality)
+            if modality not in self.output_projectors:
+                spec = generator.spec
+                self.output_projectors[modality] = make(self.llm.hidden_dim, spec)
+            generator.build(self._needs.get(modality, ()), pretrained)
+
+    def generator(self, modality: str) -> Generator:
+        """That of a modality."""
+        return cast(Generator, self.generators[modality])
 
     def _projector(self, modality: str) -> Projector:
         return self._factories[modality](self._encoder(modality).out_dim, self.llm.hidden_dim)
@@ -77,13 +128,48 @@ class AnyToAnyModel(nn.Module):
                 media={m: self._encoder(m).media_processor() for m in self.encoders},
                 num_tokens={m: projector.num_tokens for m, projector in projectors.items()},
                 limits=self.llm.limits(),
+                targets={m: self.generator(m).target_processor() for m in self.generators},
+                signal_tokens=self.signal_tokens,
+                captioned=self._captioned,
             )
         return self._processor
 
     def forward(self, batch: Batch) -> ModelOutput:
         embeds, media_tokens, idle = self.embed(batch)
-        hidden = self.llm(embeds, batch.position_ids, batch.host.cu_seqlens)
-        return ModelOutput(hidden, media_tokens, idle)
+        layers = {-1, *chain(*(self._output(m).layers for m in self.output_projectors))}
+        cu_seqlens = batch.host.cu_seqlens
+        states = self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, sorted(layers))
+        conditioning: dict[str, Conditioning] = {}
+        for modality in self.output_projectors:  # in the recipe's order, the same on every rank
+            conditioning[modality] = self.condition(modality, states, embeds, batch)
+            if batch.host.targets[modality].idle:
+                given = conditioning[modality]
+                idle = idle + 0.0 * given.tokens.sum()
+                idle = idle if given.pooled is None else idle + 0.0 * given.pooled.sum()
+        return ModelOutput(states[-1], media_tokens, conditioning, idle)
+
+    def condition(
+        self, modality: str, states: Mapping[int, Tensor], embeds: Tensor, batch: Batch
+    ) -> Conditioning:
+        """What the generator of a modality is given for each of the batch's M targets.
+
+        Args:
+            modality: of the targets.
+            states: (B, T, D) of the layers that the output projector reads.
+            embeds: (B, T, D) that went into the LLM.
+            batch: says where the signal tokens are.
+        """
+        projector, target = self._output(modality), batch.host.targets[modality]
+        signals = self.processor().signal_ids[modality]
+        if target.idle:
+            zeros = embeds.new_zeros(1, len(signals), embeds.shape[-1])
+            return projector(dict.fromkeys(projector.layers, zeros), zeros)
+        fusion.check_signals(batch.host.input_ids, target.slots, signals, modality)
+        read = {layer: fusion.gather(states[layer], target.slots) for layer in projector.layers}
+        return projector(read, fusion.gather(embeds, target.slots))
+
+    def _output(self, modality: str) -> OutputProjector:
+        return cast(OutputProjector, self.output_projectors[modality])
 
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns (B, T, D) embeddings with the media in their slots, the projected media (N, P, D)

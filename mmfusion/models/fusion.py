@@ -1,12 +1,15 @@
-"""Media tokens into their placeholder slots: pure tensor functions, every count checked.
+"""Media tokens into their placeholder slots, hidden states out of the signal tokens': pure tensor
+functions, every count checked.
 
 Counts, slots and ids are best on the host: they are compared there, so that nothing waits for the
 accelerator.
 B rows, T tokens of a row, D hidden, N media items of a modality, P tokens of an item (padded), S
-slots.
+slots; M targets.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -87,4 +90,41 @@ def check_placeholders(input_ids_BT: Tensor, slots_S: Tensor, placeholder: int, 
         raise ValueError(
             f"{name}: {placed} placeholder tokens in the text, {len(slots_S)} slots, {right} of "
             "them on a placeholder; all three must be equal."
+        )
+
+
+def gather(states_BTD: Tensor, slots_MS: Tensor) -> Tensor:
+    """(M, S, D): the states at the signal tokens of each target.
+
+    Args:
+        states_BTD: (B, T, D).
+        slots_MS: (M, S) positions in the flattened (B*T) batch.
+
+    Raises:
+        ValueError: where a slot lies outside the batch.
+    """
+    rows, length, _ = states_BTD.shape
+    if len(slots_MS) and (int(slots_MS.min()) < 0 or int(slots_MS.max()) >= rows * length):
+        raise ValueError(
+            f"signal tokens reach from {int(slots_MS.min())} to {int(slots_MS.max())}, the batch "
+            f"has {rows} x {length} tokens."
+        )
+    return states_BTD.flatten(0, 1)[slots_MS.to(states_BTD.device, non_blocking=True)]
+
+
+def check_signals(
+    input_ids_BT: Tensor, slots_MS: Tensor, signal_ids: Sequence[int], name: str
+) -> None:
+    """Fail unless the slots of a modality are exactly its signal tokens, in their order.
+
+    Raises:
+        ValueError: with both counts.
+    """
+    flat, ids = input_ids_BT.flatten(), torch.tensor(signal_ids)
+    placed = int(torch.isin(flat, ids).sum())
+    right = int((flat[slots_MS] == ids).sum()) if len(slots_MS) else 0
+    if not placed == right == slots_MS.numel():
+        raise ValueError(
+            f"{name}: {placed} signal tokens in the text, {slots_MS.numel()} slots, {right} of "
+            "them on their own signal token; all three must be equal."
         )

@@ -7,10 +7,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.types import Batch, ModelOutput
+from mmfusion.types import Batch, ModelOutput, TargetBatch
 
 
 @dataclass
@@ -31,11 +32,60 @@ class Loss:
 
 
 class Objective(nn.Module, ABC):
-    """One loss. The module divides ``total`` by the step's global number of supervised tokens and
-    multiplies ``weight``.
+    """One loss. The module divides ``total`` by the step's global number of terms and multiplies
+    ``weight``.
+
+    Attributes:
+        weight: of this loss in the sum.
+        unit: what its terms are: supervised ``tokens``, or targets of a modality.
     """
 
     weight: float
+    unit: str = "tokens"
 
     @abstractmethod
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss: ...
+
+
+class TargetObjective(Objective):
+    """A loss over the targets of one modality, by its generator.
+
+    Args:
+        modality: of the targets.
+        weight: of this loss in the sum.
+
+    Attributes:
+        needs: parts of the generator that it runs. What no objective needs is not loaded.
+        captions: whether its targets need a caption.
+    """
+
+    needs: frozenset[str] = frozenset()
+    captions: bool = False
+
+    def __init__(self, modality: str, weight: float = 1.0) -> None:
+        super().__init__()
+        self.modality = self.unit = modality
+        self.weight = weight
+
+
+def over_targets(losses_M: Tensor, target: TargetBatch, num_samples: int) -> Loss:
+    """The sum over the targets of a modality. An idle one counts for nothing, but keeps its graph.
+
+    Args:
+        losses_M: (M,).
+        target: on the host.
+        num_samples: S.
+    """
+    count = 0 if target.idle else len(losses_M)
+    per_sample = torch.zeros(num_samples, device=losses_M.device)
+    per_count = torch.zeros(num_samples, dtype=torch.int64, device=losses_M.device)
+    if count:
+        segments = target.segments.to(losses_M.device, non_blocking=True)
+        per_sample = per_sample.index_add(0, segments, losses_M.detach().float())
+        per_count = per_count.index_add(0, segments, torch.ones_like(segments))
+    return Loss(
+        total=losses_M.sum(),
+        count=torch.full((), count, device=losses_M.device),
+        per_sample=per_sample,
+        per_sample_count=per_count,
+    )

@@ -10,8 +10,9 @@ many tokenizers use the end token for padding as well.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from typing import Any
@@ -39,9 +40,15 @@ class ChatRenderer:
     Args:
         tokenizer: a fast Hugging Face tokenizer that already holds the placeholder tokens.
         modalities: modalities that have a placeholder token.
+        signals: for each modality that an answer may hold, its signal tokens.
     """
 
-    def __init__(self, tokenizer: Any, modalities: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: Sequence[str],
+        signals: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no character offsets, which the trained mask "
@@ -51,8 +58,14 @@ class ChatRenderer:
         self.special = special_token_pattern(tokenizer)
         starts = [] if tokenizer.bos_token == tokenizer.eos_token else [tokenizer.bos_token]
         self._end_tokens = special_token_pattern(
-            tokenizer, without=[*starts, *map(placeholder, modalities)]
+            tokenizer,
+            without=[
+                *starts,
+                *map(placeholder, modalities),
+                *itertools.chain(*(signals or {}).values()),
+            ],
         )
+        self._signals = {name: "".join(tokens) for name, tokens in (signals or {}).items()}
         self._end_token_here = re.compile(rf"[ \t]*(?:{self._end_tokens.pattern})")
         self._closed = re.compile(rf"(?:{self._end_tokens.pattern})\s*$")
 
@@ -88,7 +101,7 @@ class ChatRenderer:
     def _content(self, message: Message) -> str:
         """The message as one string. Neighbouring texts are joined before they are checked."""
         pieces = [
-            placeholder(part.modality) if isinstance(part, Media) else part.text
+            self._shown(part, message.role) if isinstance(part, Media) else part.text
             for part in message.content
         ]
         is_media = [isinstance(part, Media) for part in message.content]
@@ -98,6 +111,10 @@ class ChatRenderer:
                 check_plain_text(text, self.special)
             text = "" if media else text + piece
         return "".join(pieces)
+
+    def _shown(self, media: Media, role: str) -> str:
+        """What stands for it: placeholder where it is input, signal tokens where it is answered."""
+        return self._signals[media.modality] if role == "assistant" else placeholder(media.modality)
 
     def _template(self) -> str:
         if not self.tokenizer.chat_template:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmfusion.processing.chat import ChatRenderer
 from mmfusion.processing.images import jpeg_decoder
 from mmfusion.processing.limits import LimitCheck, Limits
 from mmfusion.processing.special_tokens import add_placeholders
+from mmfusion.processing.special_tokens import signal_tokens as signals_of
 from mmfusion.types import (
     DataError,
     EncodedSample,
@@ -32,6 +34,7 @@ from mmfusion.types import (
     PlannedSample,
     Sample,
     SampleRef,
+    SignalSlots,
     Text,
 )
 
@@ -45,11 +48,17 @@ class Processor:
         num_tokens: for each modality, the LLM tokens that F features become (the input
             projector's ``num_tokens``).
         limits: of the LLM; None: it takes anything.
+        targets: for each modality the model makes, the target processor of its generator.
+        signal_tokens: for each of them, how many signal tokens stand for an item; they are in the
+            tokenizer already.
+        captioned: modalities whose targets need a caption.
 
     Attributes:
         tokenizer: the copy, with ``<image>``, ``<video>`` and ``<audio>`` as special tokens.
         media: as given.
         placeholder_ids: id of each modality's placeholder token.
+        targets, signal_tokens: as given.
+        signal_ids: ids of the signal tokens of each modality.
     """
 
     def __init__(
@@ -58,6 +67,9 @@ class Processor:
         media: Mapping[str, MediaProcessor],
         num_tokens: Mapping[str, Callable[[int], int]],
         limits: Limits | None = None,
+        targets: Mapping[str, MediaProcessor] | None = None,
+        signal_tokens: Mapping[str, int] | None = None,
+        captioned: Collection[str] = (),
     ) -> None:
         if set(media) != set(num_tokens):
             raise ValueError(
@@ -68,7 +80,13 @@ class Processor:
         self.media = dict(media)
         self.placeholder_ids = add_placeholders(self.tokenizer, self.media)
         self._num_tokens = dict(num_tokens)
-        self._renderer = ChatRenderer(self.tokenizer, list(self.media))
+        self.targets, self.signal_tokens = dict(targets or {}), dict(signal_tokens or {})
+        signals = {name: signals_of(name, n) for name, n in self.signal_tokens.items()}
+        self.signal_ids: dict[str, list[int]] = {
+            name: self.tokenizer.convert_tokens_to_ids(tokens) for name, tokens in signals.items()
+        }
+        self._captioned = frozenset(captioned)
+        self._renderer = ChatRenderer(self.tokenizer, list(self.media), signals)
         free = self.placeholder_ids.values()
         self._check = LimitCheck(limits or Limits(), self.tokenizer, free)
 
@@ -81,12 +99,12 @@ class Processor:
                 trained on, or tokens the LLM has no embedding for.
         """
         check_answers(sample.messages)
-        self._check_modalities(sample.media)
+        self._check_modalities(sample)
         if sample.format == "plain":
             ids, trained = self._renderer.plain(sample.messages, sample.eos)
         else:
             ids, trained = self._renderer.chat(sample.messages)
-        planned = self._expand(ids, trained, sample.media)
+        planned = self._expand(ids, trained, sample)
         self._check.length(len(planned), "the sample", "shorten it or take another LLM")
         if not planned.trained.any():
             raise DataError("nothing_trained", "no token of the sample is trained.")
@@ -116,7 +134,16 @@ class Processor:
             item = self.media[media.modality](media, rng)
             _check_count(item, slots)
             tensors.append(item)
-        return EncodedSample(planned, tuple(tensors), ref, sample.shard, sample.key)
+        goals = sample.targets if planned.targets else []
+        return EncodedSample(
+            planned,
+            tuple(tensors),
+            tuple(self.targets[media.modality](media, rng) for media in goals),
+            tuple(media.caption or "" for media in goals),
+            ref,
+            sample.shard,
+            sample.key,
+        )
 
     def encode(
         self,
@@ -141,12 +168,12 @@ class Processor:
             ValueError: as :meth:`plan`.
         """
         sample = Sample(tuple(messages))
-        self._check_modalities(sample.media)
+        self._check_modalities(sample)
         if plain:
             ids, trained = self._renderer.plain(messages, eos=False)
         else:
             ids, trained = self._renderer.chat(messages, generation_prompt=True)
-        planned = self._expand(ids, trained, sample.media)
+        planned = replace(self._expand(ids, trained, sample), targets=())
         remedy = "leave earlier messages out, or begin a new conversation (/reset in mmfusion chat)"
         self._check.length(len(planned), "the conversation", remedy)
         return self.finish(sample, planned)
@@ -165,24 +192,39 @@ class Processor:
             "media": {name: _describe(processor) for name, processor in self.media.items()},
             "num_tokens": {name: _slot_counts(f) for name, f in self._num_tokens.items()},
         }
+        if self.targets:
+            parts["targets"] = {name: _describe(target) for name, target in self.targets.items()}
+            parts["signals"] = self.signal_ids
         if (decoder := jpeg_decoder()) != "simplejpeg":
             parts["jpeg"] = decoder
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _check_modalities(self, items: Sequence[Media]) -> None:
-        if missing := {item.modality for item in items} - set(self.media):
+    def _check_modalities(self, sample: Sample) -> None:
+        if missing := {item.modality for item in sample.targets} - set(self.targets):
+            raise ValueError(
+                f"answers hold {sorted(missing)}, but the model has generators for "
+                f"{sorted(self.targets)}; add `model.generators`, `model.output_projectors` and "
+                "`model.signal_tokens` for them, or leave the source out."
+            )
+        bare = [x.modality for x in sample.targets if not (x.caption or "").strip()]
+        if lacking := self._captioned.intersection(bare):
+            raise DataError(
+                "no_caption",
+                f"{sorted(lacking)} in an answer has no caption, which an objective compares its "
+                "conditioning with; give captions, or train by denoising alone.",
+            )
+        if missing := {item.modality for item in sample.media} - set(self.media):
             raise ValueError(
                 f"the data hold {sorted(missing)}, but the model has encoders for "
                 f"{sorted(self.media)}; add `model.encoders` and `model.input_projectors` for "
                 "them, or leave the source out."
             )
 
-    def _expand(
-        self, ids: Sequence[int], trained: Sequence[bool], items: Sequence[Media]
-    ) -> PlannedSample:
-        """Repeat each placeholder for the slots of its media item."""
+    def _expand(self, ids: Sequence[int], trained: Sequence[bool], sample: Sample) -> PlannedSample:
+        """Repeat each placeholder for the slots of its media item; find the signal tokens."""
         self._check.ids(ids)
+        items = sample.media
         modality_of = {index: modality for modality, index in self.placeholder_ids.items()}
         found = [modality_of[index] for index in ids if index in modality_of]
         if found != (expected := [item.modality for item in items]):
@@ -206,7 +248,30 @@ class Processor:
             torch.tensor(all_ids, dtype=torch.int64),
             torch.tensor(all_trained, dtype=torch.bool),
             tuple(slots),
+            self._signal_slots(all_ids, sample.targets),
         )
+
+    def _signal_slots(self, ids: list[int], targets: Sequence[Media]) -> tuple[SignalSlots, ...]:
+        """Where the signal tokens of each target are."""
+        firsts = {signals[0]: modality for modality, signals in self.signal_ids.items()}
+        found = []
+        for place, index in enumerate(ids):
+            if modality := firsts.get(index):
+                signals = self.signal_ids[modality]
+                if ids[place : place + len(signals)] != signals:
+                    raise ValueError(
+                        f"the {len(signals)} signal tokens of {modality} do not follow one another "
+                        f"in {ids[place : place + len(signals)]}; the tokenizer or its chat "
+                        "template puts something between them."
+                    )
+                found.append(SignalSlots(modality, len(signals), place))
+        if [slots.modality for slots in found] != (expected := [x.modality for x in targets]):
+            raise ValueError(
+                f"the chat template shows signal tokens of {[s.modality for s in found]}, but the "
+                f"answers hold {expected} in this order; use a template that shows every message's "
+                "text once."
+            )
+        return tuple(found)
 
     def _slots(self, media: Media, start: int) -> MediaSlots:
         num_features = int(self.media[media.modality].num_features(media))
@@ -221,10 +286,10 @@ class Processor:
 
 
 def check_answers(messages: Sequence[Message]) -> None:
-    """Assistant turns hold text, and text only.
+    """Assistant turns hold text or media.
 
     Raises:
-        DataError: ``nothing_trained``, ``media_in_answer``, ``empty_text``.
+        DataError: ``nothing_trained``, ``empty_text``.
     """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
@@ -235,11 +300,7 @@ def check_answers(messages: Sequence[Message]) -> None:
         )
     for answer in answers:
         if any(isinstance(part, Media) for part in answer.content):
-            raise DataError(
-                "media_in_answer",
-                "an assistant message holds media; media can only be input. Put them into a user "
-                "message.",
-            )
+            continue
         if not "".join(part.text for part in answer.content if isinstance(part, Text)).strip():
             raise DataError("empty_text", "an assistant message has no text; expected some.")
 

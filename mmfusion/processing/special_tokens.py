@@ -1,7 +1,8 @@
-"""Placeholder tokens: one token a modality, repeated once for each feature slot of a media item.
+"""Placeholder tokens: one token a modality, repeated once for each feature slot of a media item;
+and signal tokens: several a modality, which the LLM gives where it answers with media.
 
-Their embedding rows are never read: the projected media overwrite them (``models/fusion.py``). So
-they need no trained row and may lie beyond the LLM's embedding table.
+Placeholders' embedding rows are never read: the projected media overwrite them
+(``models/fusion.py``). So they need no trained row and may lie beyond the LLM's embedding table.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def add_placeholders(tokenizer: Any, modalities: Iterable[str]) -> dict[str, int
     return {
         name: int(tokenizer.convert_tokens_to_ids(placeholder(name))) for name in sorted(modalities)
     }
+
+
+def signal_tokens(modality: str, count: int) -> list[str]:
+    """The signal tokens of a modality, e.g. ``<image_0>`` to ``<image_3>``."""
+    return [f"<{modality}_{i}>" for i in range(count)]
 
 
 def special_token_pattern(tokenizer: Any, without: Iterable[str | None] = ()) -> re.Pattern[str]:

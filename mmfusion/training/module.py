@@ -27,9 +27,11 @@ from mmfusion.audit import AuditTable, audit
 from mmfusion.kept_weights import check_meaning, meaning, take_rows
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
+from mmfusion.models.generators.base import Generator
 from mmfusion.models.llms.base import LLM
+from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
-from mmfusion.objectives.base import Loss, Objective
+from mmfusion.objectives.base import Loss, Objective, TargetObjective
 from mmfusion.training.checkpoint import (
     kept_state,
     load_kept,
@@ -40,7 +42,7 @@ from mmfusion.training.checkpoint import (
 from mmfusion.training.resume import complete_checkpoint
 from mmfusion.training.schedules import WarmupCosine
 from mmfusion.tuning import Policy
-from mmfusion.types import Batch, BatchSample
+from mmfusion.types import Batch, BatchSample, ConditioningSpec
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,10 @@ class MultimodalModule(L.LightningModule):
         objectives: the losses, summed by their weights.
         tuning: for each part (``llm``, ``input_projectors``, ``encoders.image``, ...) how it
             trains; a part that is not named is frozen.
+        signal_tokens: for each modality that the model makes, how many signal tokens stand for an
+            item.
+        output_projectors: output projector of each of them; the widths are filled in.
+        generators: modality generator of each of them.
         optimizer: made with the parameter groups of the tuning policies.
         schedule: learning rate by optimizer step.
         init_from: an earlier run (or one of its checkpoints) whose trained weights this one starts
@@ -82,6 +88,10 @@ class MultimodalModule(L.LightningModule):
         llm: LLM,
         objectives: dict[str, Objective],
         tuning: dict[str, Policy | list[Policy]],
+        signal_tokens: dict[str, int] | None = None,
+        output_projectors: dict[str, Callable[[int, ConditioningSpec], OutputProjector]]
+        | None = None,
+        generators: dict[str, Generator] | None = None,
         optimizer: OptimizerCallable = adamw,
         schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
         init_from: str | None = None,
@@ -92,7 +102,24 @@ class MultimodalModule(L.LightningModule):
         super().__init__()
         if not objectives:
             raise ValueError("model.objectives is empty: name at least one loss.")
-        self.model = AnyToAnyModel(encoders, input_projectors, llm)
+        made = set(generators or {})
+        aims = {n: o for n, o in objectives.items() if isinstance(o, TargetObjective)}
+        if odd := [name for name, aim in aims.items() if aim.modality not in made]:
+            raise ValueError(
+                f"the objectives {odd} are of modalities without a generator; there are generators "
+                f"for {sorted(made)}."
+            )
+        of = {m: [aim for aim in aims.values() if aim.modality == m] for m in made}
+        self.model = AnyToAnyModel(
+            encoders,
+            input_projectors,
+            llm,
+            signal_tokens,
+            output_projectors,
+            generators,
+            needs={m: frozenset().union(*(aim.needs for aim in found)) for m, found in of.items()},
+            captioned=[m for m, found in of.items() if any(aim.captions for aim in found)],
+        )
         self.objectives = nn.ModuleDict(objectives)
         # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)
         means = {name: MeanMetric(nan_strategy=math.nan) for name in objectives}
@@ -119,7 +146,7 @@ class MultimodalModule(L.LightningModule):
         """The sums of :attr:`flags` as they were when the step began, the same on every rank."""
         self._built = self._fitting = False
         self._options: list[dict[str, Any]] = []
-        self._step_targets = torch.zeros((), dtype=torch.int64)
+        self._step_counts: dict[str, Tensor] = {}
         self._step_losses: dict[str, Tensor] = {}
         self._step_samples: list[BatchSample] = []
 
@@ -221,10 +248,11 @@ class MultimodalModule(L.LightningModule):
         torch.manual_seed(_key(self.seed, self.global_step, first))
         if micro == 0:
             flags = torch.tensor([flag() for flag in self.flags.values()], dtype=torch.int64)
-            mine = [batch.step_targets[None], flags.to(self.device, non_blocking=True)]
-            sums = cast(Tensor, self.trainer.strategy.reduce(torch.cat(mine), reduce_op="sum"))
-            self._step_targets = sums[0]
-            self.agreed = dict(zip(self.flags, sums[1:], strict=True))
+            mine = [*batch.step_counts.values(), *flags.to(self.device, non_blocking=True)]
+            sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack(mine), reduce_op="sum"))
+            units = list(batch.step_counts)
+            self._step_counts = dict(zip(units, sums[: len(units)], strict=True))
+            self.agreed = dict(zip(self.flags, sums[len(units) :], strict=True))
             self._step_losses, self._step_samples = {}, []
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -235,7 +263,7 @@ class MultimodalModule(L.LightningModule):
         losses = self._losses(output, batch)
         splits = self.trainer.accumulate_grad_batches
         shares = {
-            name: self._weight(name) * loss.total / self._step_targets.clamp(min=1)
+            name: self._weight(name) * loss.total / self._count(name).clamp(min=1)
             for name, loss in losses.items()
         }
         share = torch.stack(list(shares.values())).sum()
@@ -254,7 +282,7 @@ class MultimodalModule(L.LightningModule):
         bad samples only). Refuse one whose gradients are not finite: they are the ranks' mean by
         now, so every rank refuses it.
         """
-        if not self._step_targets:
+        if not any(self._count(name) for name in self.objectives):
             optimizer.zero_grad()  # momentum and decay would move them
             return
         norm = torch.nn.utils.get_total_norm(
@@ -277,11 +305,13 @@ class MultimodalModule(L.LightningModule):
     def _log_losses(self) -> None:
         """The step's sums over the ranks."""
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
-        if (self.global_step + 1) % every == 0 and self._step_targets:
+        counts = {name: self._count(name) for name in self.objectives}
+        if (self.global_step + 1) % every == 0 and any(counts.values()):
             names = list(self._step_losses)
             sums = torch.stack([self._step_losses[name] for name in names])
             sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-            report = {f"train/{name}": float(x) for name, x in zip(names, sums, strict=True)}
+            found = dict(zip(names, sums, strict=True))
+            report = {f"train/{n}": float(x) for n, x in found.items() if counts.get(n, 1)}
             for name, value in report.items():
                 self.log(name, value, prog_bar=name == "train/loss", logger=False)
             # Not by Lightning, which would log the last value again in a step without targets.
@@ -290,6 +320,10 @@ class MultimodalModule(L.LightningModule):
 
     def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
         return {name: loss(self.model, output, batch) for name, loss in self.objectives.items()}
+
+    def _count(self, name: str) -> Tensor:
+        """Terms of an objective in this step, on all ranks."""
+        return self._step_counts[cast(Objective, self.objectives[name]).unit]
 
     def _weight(self, name: str) -> float:
         return cast(Objective, self.objectives[name]).weight

@@ -101,7 +101,7 @@ class BareLoop(L.Callback):
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self._bf16):
             output = self._model(batch)
             losses = [loss(self._model, output, batch) for loss in self._objectives.values()]
-            total = torch.stack([loss.total for loss in losses]).sum() / batch.step_targets
+            total = torch.stack([loss.total for loss in losses]).sum() / batch.step_counts["tokens"]
         (total + output.idle).backward()
         if last:
             if self._clip:

@@ -118,7 +118,7 @@ def keys_of(batch) -> list[tuple[str, int, int]]:
 
 def same_tensors(one, other) -> bool:
     """Whether two batches hold the same numbers."""
-    names = ("input_ids", "labels", "position_ids", "cu_seqlens", "segment_ids", "step_targets")
+    names = ("input_ids", "labels", "position_ids", "cu_seqlens", "segment_ids")
     same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
     for modality, media in one.media.items():
         there = other.media[modality]
@@ -126,4 +126,5 @@ def same_tensors(one, other) -> bool:
         same &= torch.equal(media.num_features, there.num_features)
         same &= torch.equal(media.num_tokens, there.num_tokens)
         same &= all(torch.equal(media.tensors[name], there.tensors[name]) for name in media.tensors)
+    same &= one.step_counts == other.step_counts
     return same and one.samples == other.samples and one.stream == other.stream

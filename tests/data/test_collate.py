@@ -56,7 +56,9 @@ def test_a_row_holds_the_samples_end_to_end(processor, samples):
         assert (batch.segment_ids[0, span] == s).all()
         trained = sample.planned.trained
         assert torch.equal(batch.labels[0, span] != IGNORE_INDEX, trained)
-    assert batch.step_targets == sum(int(sample.planned.trained.sum()) for sample in samples)
+    assert batch.step_counts["tokens"] == sum(
+        int(sample.planned.trained.sum()) for sample in samples
+    )
 
 
 def test_media_keep_reading_order_and_their_slots(processor, samples):
@@ -81,7 +83,7 @@ def test_padded_rows_hold_the_same_samples(processor, samples):
     assert (padded.labels[padded.segment_ids == -1] == IGNORE_INDEX).all()
     flat = padded.input_ids.flatten()
     assert (flat[padded.media["image"].slots] == processor.placeholder_ids["image"]).all()
-    assert padded.step_targets == packed.step_targets
+    assert padded.step_counts == packed.step_counts
 
 
 def test_the_first_token_of_a_sample_is_never_a_label(processor, samples):
@@ -89,7 +91,7 @@ def test_the_first_token_of_a_sample_is_never_a_label(processor, samples):
     all_trained = replace(planned, trained=torch.ones_like(planned.trained))
     batch = collate([replace(samples[1], planned=all_trained)] * 2, processor)
     assert (batch.labels[0, batch.cu_seqlens[:-1].long()] == IGNORE_INDEX).all()
-    assert batch.step_targets == 2 * (len(planned) - 1)
+    assert batch.step_counts["tokens"] == 2 * (len(planned) - 1)
 
 
 @pytest.mark.parametrize("pad_rows", [False, True])
@@ -99,7 +101,7 @@ def test_no_samples_give_one_unlabelled_token_and_idle_media(processor, pad_rows
     assert batch.labels.tolist() == [[IGNORE_INDEX]]
     assert batch.segment_ids.tolist() == [[-1]]
     assert batch.samples == []
-    assert batch.step_targets == 0
+    assert batch.step_counts["tokens"] == 0
     image = batch.media["image"]
     assert image.idle
     assert image.tensors["rows"].shape == (1, 8)

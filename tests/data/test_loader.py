@@ -64,10 +64,13 @@ def test_ranks_and_micro_batches_divide_the_same_steps(folders, world, micro):
         parts = [rank[step * per_step : (step + 1) * per_step] for rank in ranks]
         samples = [key for part in parts for batch in part for key in keys_of(batch)]
         assert sorted(samples) == sorted(keys_of(whole[step]))
-        assert sum(part[0].step_targets for part in parts) == whole[step].step_targets
+        assert (
+            sum(part[0].step_counts["tokens"] for part in parts)
+            == whole[step].step_counts["tokens"]
+        )
         for part in parts:
             labels = sum(int((batch.labels != -100).sum()) for batch in part)
-            assert all(batch.step_targets == labels for batch in part)
+            assert all(batch.step_counts["tokens"] == labels for batch in part)
             assert [batch.stream is None for batch in part] == [True] * (per_step - 1) + [False]
 
 

@@ -242,7 +242,8 @@ def test_llava_shaped_model_equals_transformers_llava(tmp_path: Path) -> None:
         cu_seqlens=torch.tensor([0, 9, 18, 27], dtype=torch.int32),
         segment_ids=torch.arange(3).repeat_interleave(9)[None],
         media={"image": MediaBatch({"pixels": pixels}, counts, counts, slots)},
-        step_targets=(labels != IGNORE_INDEX).sum(),
+        targets={},
+        step_counts={"tokens": (labels != IGNORE_INDEX).sum()},
         samples=[BatchSample(SampleRef("s", 0, i), "", "") for i in range(3)],
     )
     output = model(batch)

@@ -210,7 +210,8 @@ def make_batch(
         cu_seqlens=lengths.cumsum(0).int() if packed else None,
         segment_ids=segments.view(-1, length),
         media={name: _media_batch(processor, name, media[name], starts) for name in media},
-        step_targets=(flat_labels != IGNORE_INDEX).sum(),
+        targets={},
+        step_counts={"tokens": (flat_labels != IGNORE_INDEX).sum()},
         samples=[BatchSample(SampleRef("s", 0, i), "shard", str(i)) for i in range(len(ids))],
     )
 

@@ -311,7 +311,7 @@ class Weights(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         weight = module.model.input_projectors["image"].linear.weight
-        self.seen.append((int(batch.step_targets), weight.detach().clone()))
+        self.seen.append((int(batch.step_counts["tokens"]), weight.detach().clone()))
 
 
 def test_a_step_without_targets_changes_no_weight_and_logs_no_loss(home, tmp_path):

@@ -55,17 +55,7 @@ class Caption(Converter):
             DataError: ``missing_member``, ``missing_key``, ``bad_text``, ``bad_json``,
                 ``empty_text``, ``media_count``.
         """
-        items = [
-            media_of(record, name, modality) for name, modality in media_members(record, self.media)
-        ]
-        if not items:
-            raise DataError(
-                "media_count",
-                f"the record has the members {sorted(record)}; expected one of {list(self.media)}.",
-            )
-        caption = self._caption(record).strip()
-        if not caption:
-            raise DataError("empty_text", f"the caption in {self.text!r} is empty.")
+        items, caption = self.read(record)
         prompt = self.prompt
         if isinstance(prompt, dict):
             prompt = prompt.get(items[0].modality, "")
@@ -81,6 +71,25 @@ class Caption(Converter):
             shard=shard,
             key=key,
         )
+
+    def read(self, record: Mapping[str, bytes]) -> tuple[list[Media], str]:
+        """The media of a record and their caption.
+
+        Raises:
+            DataError: as :meth:`__call__`.
+        """
+        items = [
+            media_of(record, name, modality) for name, modality in media_members(record, self.media)
+        ]
+        if not items:
+            raise DataError(
+                "media_count",
+                f"the record has the members {sorted(record)}; expected one of {list(self.media)}.",
+            )
+        caption = self._caption(record).strip()
+        if not caption:
+            raise DataError("empty_text", f"the caption in {self.text!r} is empty.")
+        return items, caption
 
     def _caption(self, record: Mapping[str, bytes]) -> str:
         member, _, name = self.text.partition(":")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmfusion.data.converters.base import Converter
@@ -186,9 +187,14 @@ def _part(part: Any, shelf: _Shelf) -> Text | Media:
     modality, span = PART_MODALITIES[kind], (_seconds(part, "start"), _seconds(part, "end"))
     place = name_place(part)
     if place is None:
-        return shelf.next(modality, *span)
-    holder, field = place
-    return shelf.named(as_text(holder[field], f"the name of a {kind} part"), modality, *span)
+        media = shelf.next(modality, *span)
+    else:
+        holder, field = place
+        name = as_text(holder[field], f"the name of a {kind} part")
+        media = shelf.named(name, modality, *span)
+    if part.get("caption") is None:
+        return media
+    return replace(media, caption=as_text(part["caption"], f"the caption of a {kind} part"))
 
 
 def name_place(part: Any) -> tuple[dict[str, Any], str] | None:

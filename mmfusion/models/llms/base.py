@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -47,6 +48,38 @@ class LLM(nn.Module, ABC):
         """(B, T, D) to hidden states (B, T, D) after the last norm; attention never crosses a
         border of ``cu_seqlens``.
         """
+
+    def forward_layers(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        layers: Sequence[int] = (-1,),
+    ) -> dict[int, Tensor]:
+        """Hidden states (B, T, D) of chosen layers: -1 as :meth:`forward` gives them, 0 the
+        embeddings, k the k-th layer's.
+
+        Raises:
+            ValueError: for layers the model does not give.
+        """
+        if odd := set(layers) - {-1, 0}:
+            raise ValueError(
+                f"{type(self).__name__} gives no hidden states of layers {sorted(odd)}; use -1."
+            )
+        given = {0: embeds, -1: self(embeds, position_ids, cu_seqlens)}
+        return {layer: given[layer] for layer in layers}
+
+    def add_tokens(self, tokens: Sequence[str]) -> None:
+        """Add tokens to the vocabulary. Called before anything else is asked of the LLM.
+
+        Raises:
+            TypeError: where it has no ``new_tokens``.
+        """
+        if not hasattr(self, "new_tokens"):
+            raise TypeError(
+                f"{type(self).__name__} takes no new tokens, which a model that makes media needs."
+            )
+        cast(Any, self).new_tokens = [*cast(Any, self).new_tokens, *tokens]
 
     def compile_layers(self) -> None:
         """Compile what is repeated (torch.compile), for any number of tokens."""

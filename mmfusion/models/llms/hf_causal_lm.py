@@ -179,14 +179,35 @@ class HFCausalLM(LLM):
         return table(input_ids.clamp(max=_rows(table) - 1))
 
     def forward(self, embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return self.forward_layers(embeds, position_ids, cu_seqlens)[-1]
+
+    def forward_layers(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        layers: Sequence[int] = (-1,),
+    ) -> dict[int, Tensor]:
         # use_cache: with a cache HF stops keeping packed samples apart, without a word.
         output = self.model.base_model(
             inputs_embeds=embeds,
             position_ids=position_ids,
             use_cache=False,
+            output_hidden_states=any(layer != -1 for layer in layers),
             **self._borders(embeds, cu_seqlens),
         )
-        return output.last_hidden_state
+        found = {}
+        for layer in layers:
+            if layer == -1:
+                found[layer] = output.last_hidden_state
+            elif 0 <= layer < len(output.hidden_states):
+                found[layer] = output.hidden_states[layer]
+            else:
+                raise ValueError(
+                    f"{self.path} has {len(output.hidden_states) - 1} layers; expected -1 or 0 to "
+                    f"{len(output.hidden_states) - 1}, got {layer}."
+                )
+        return found
 
     def _borders(self, embeds: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
         """What tells the attention where samples begin. Rows padded on the right need nothing but

@@ -38,7 +38,7 @@ class Recorder(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.steps.setdefault(self.trainer.global_step, []).extend(keys_of(batch))
-        return self.weight * batch.step_targets / 100
+        return self.weight * batch.step_counts["tokens"] / 100
 
     def validation_step(self, batch, batch_idx):
         self.validated += keys_of(batch)

@@ -1,0 +1,121 @@
+"""The modality generator: makes media from conditioning, and tells how good a conditioning is.
+
+M targets, C tokens of the conditioning and D_g their width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfusion.models.generators.noise import NoiseSchedule, generators_of
+from mmfusion.processing.base import MediaProcessor
+from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
+
+TEXT_ENCODER, VAE, DENOISER = "text_encoder", "vae", "denoiser"
+PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How media are drawn.
+
+    Attributes:
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        seed: of the noise; item m draws from seed + m.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+
+class Generator(nn.Module, ABC):
+    """One pretrained generator. The constructor reads configuration only; ``build`` makes the parts
+    that are needed and loads their weights. It owns its conditioning, noise schedule, prediction
+    type, scaling of latents and sampling.
+    """
+
+    modality: str
+
+    @property
+    @abstractmethod
+    def spec(self) -> ConditioningSpec:
+        """The conditioning it takes. Known before ``build``."""
+
+    @abstractmethod
+    def target_processor(self) -> MediaProcessor:
+        """From a media file to what :meth:`encode_media` takes. Works before ``build``."""
+
+    @abstractmethod
+    def build(self, parts: Collection[str], pretrained: bool = True) -> None:
+        """Make some of :data:`PARTS`; those that are there stay. With ``pretrained`` load every
+        weight, failing if one is missing, else initialise at random.
+        """
+
+    @abstractmethod
+    def noise_schedule(self) -> NoiseSchedule:
+        """The forward process it was trained by. Works before ``build``."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Its own text encoding of M captions, without gradients. Needs the text encoder."""
+
+    @abstractmethod
+    def encode_media(self, tensors: MediaTensors, generators: Sequence[torch.Generator]) -> Tensor:
+        """Scaled latents (M, ...) of M targets, without gradients. Needs the VAE."""
+
+    @abstractmethod
+    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
+        """Its prediction for noisy latents. Needs the denoiser."""
+
+    @abstractmethod
+    def sample(
+        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
+    ) -> list[Media]:
+        """M media, drawn together: one pass of the denoiser a step. Needs VAE and denoiser.
+
+        Args:
+            conditioning: of M items.
+            empty: of one item, what the text encoder makes of "": guidance leads away from it.
+            sampling: steps, scale and seed.
+        """
+
+    def train(self, mode: bool = True) -> Any:
+        """A frozen generator stays in evaluation mode: its dropout must not act."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def denoising_loss(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        keys: Sequence[int],
+        seed: int = 0,
+        min_snr: float = 0.0,
+    ) -> Tensor:
+        """(M,) mean squared errors of the prediction, as the generator was trained, under a
+        conditioning. Noise and its level follow from each target's key alone.
+
+        Args:
+            latents: (M, ...).
+            conditioning: of M items.
+            keys: M numbers.
+            seed: of the recipe.
+            min_snr: gamma of min-SNR weights; 0 weighs every level alike.
+        """
+        schedule = self.noise_schedule()
+        generators = generators_of(keys, seed)
+        levels = schedule.draw(generators)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+        levels, noise = levels.to(latents.device), noise.to(latents)
+        noisy = schedule.noised(latents, noise, levels)
+        found = self.denoise(noisy, schedule.timesteps(levels), conditioning)
+        wanted = schedule.target(latents, noise, levels)
+        errors = (found.float() - wanted.float()).square().flatten(1).mean(1)
+        return errors * schedule.weights(levels, min_snr)
