@@ -24,7 +24,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generation import generate
+from mmfusion.models.generation import Run, conditioning_of, find_runs, generate
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
@@ -62,6 +63,28 @@ def load(
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
+class Answer(str):
+    """An answer: the text of it, with its parts.
+
+    Attributes:
+        parts: text and media in their order.
+    """
+
+    parts: tuple[Text | Media, ...]
+
+    def __new__(cls, parts: Sequence[Text | Media]) -> Answer:
+        """Of parts in their order."""
+        texts = [part.text for part in parts if isinstance(part, Text)]
+        answer = super().__new__(cls, " ".join(texts))
+        answer.parts = tuple(parts)
+        return answer
+
+    @property
+    def media(self) -> list[Media]:
+        """Media that were made."""
+        return [part for part in self.parts if isinstance(part, Media)]
+
+
 class Chat:
     """A model and its processor, for use.
 
@@ -78,14 +101,19 @@ class Chat:
         """Kinds of media the model takes."""
         return list(self.processor.media)
 
+    @property
+    def makes(self) -> list[str]:
+        """Kinds of media the model makes."""
+        return list(self.processor.targets)
+
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[True], **options: Any
-    ) -> Generator[str, None, None]: ...
+    ) -> Generator[str | Media, None, None]: ...
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[False] = False, **options: Any
-    ) -> str: ...
+    ) -> Answer: ...
     @overload
     def generate(
         self,
@@ -93,7 +121,7 @@ class Chat:
         *,
         stream: Literal[False] = False,
         **options: Any,
-    ) -> list[str]: ...
+    ) -> list[Answer]: ...
     def generate(
         self,
         messages: Conversation | Sequence[Conversation],
@@ -104,8 +132,9 @@ class Chat:
         max_new_tokens: int = 256,
         do_sample: bool = False,
         seed: int | None = None,
+        sampling: Sampling | None = None,
         **options: Any,
-    ) -> str | list[str] | Generator[str, None, None]:
+    ) -> Answer | list[Answer] | Generator[str | Media, None, None]:
         """Answer one conversation or a batch of them.
 
         Args:
@@ -120,11 +149,13 @@ class Chat:
             max_new_tokens: longest answer; it ends earlier where the LLM has no more positions.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
+            sampling: how media are drawn: steps, guidance scale, seed.
             options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
                 ``top_k``, ``repetition_penalty``, ``num_beams``, ...
 
         Returns:
-            The answer, a list of them for a batch, or an iterator over pieces of it.
+            The answer, a list of them for a batch, or an iterator over pieces of it: first the text
+            as it comes, then the media. An answer is a text, with its ``parts`` in order.
 
         Raises:
             FileNotFoundError: a media path that is not there.
@@ -143,27 +174,65 @@ class Chat:
         if stop:
             criteria.append(_StopAt(stop, self.processor.tokenizer))
         options["stopping_criteria"] = criteria
+        sampling = sampling or Sampling()
         if stream:
-            return self._stream(prompts, seed, options)
+            return self._stream(prompts, seed, sampling, options)
         with _seeded(seed):
             ids = generate(self.model, prompts, **options)
-        answers = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = [(answer.partition(stop)[0] if stop else answer).strip() for answer in answers]
+        answers = self._answers(prompts, ids, sampling, stop)
         return answers if batch else answers[0]
 
+    def _answers(
+        self, prompts: Batch, ids: Tensor, sampling: Sampling, stop: str | None
+    ) -> list[Answer]:
+        """Text between the runs of signal tokens, and what the generators make of those."""
+        runs = find_runs(ids, self.processor.signal_ids)
+        media = iter(self._make(prompts, ids, runs, sampling))
+        parts: list[list[Text | Media]] = [[] for _ in ids]
+        for row, new in enumerate(ids):
+            begin = 0
+            for run in [run for run in runs if run.row == row]:
+                parts[row] += [*self._text(new[begin : run.start], stop), next(media)]
+                begin = run.end
+            parts[row] += self._text(new[begin:], stop)
+        return [Answer(found) for found in parts]
+
+    def _text(self, ids: Tensor, stop: str | None) -> list[Text]:
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        text = (text.partition(stop)[0] if stop else text).strip()
+        return [Text(text)] if text else []
+
+    @torch.no_grad()
+    def _make(
+        self, prompts: Batch, ids: Tensor, runs: Sequence[Run], sampling: Sampling
+    ) -> list[Media]:
+        """The medium of each run; those of one modality are drawn together."""
+        if not runs:
+            return []
+        made: dict[int, Media] = {}
+        for modality, given in conditioning_of(self.model, prompts, ids, runs).items():
+            generator = self.model.generator(modality)
+            generator.build(PARTS)
+            generator.to(ids.device).eval()
+            empty = generator.encode_text([""])
+            places = [i for i, run in enumerate(runs) if run.modality == modality]
+            made |= zip(places, generator.sample(given, empty, sampling), strict=True)
+        return [made[i] for i in range(len(runs))]
+
     def _stream(
-        self, prompts: Batch, seed: int | None, options: dict[str, Any]
-    ) -> Generator[str, None, None]:
+        self, prompts: Batch, seed: int | None, sampling: Sampling, options: dict[str, Any]
+    ) -> Generator[str | Media, None, None]:
         """Pieces of the answer; leaving the iterator early stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         stop = _Stop()
         options["stopping_criteria"].append(stop)
         errors: list[BaseException] = []
+        found: list[Tensor] = []
 
         def work() -> None:
             try:
                 with _seeded(seed):
-                    generate(self.model, prompts, streamer=streamer, **options)
+                    found.append(generate(self.model, prompts, streamer=streamer, **options))
             except BaseException as error:  # handed to the consumer below
                 errors.append(error)
                 streamer.end()
@@ -177,6 +246,7 @@ class Chat:
             thread.join()
         if errors:
             raise errors[0]
+        yield from self._answers(prompts, found[0], sampling, None)[0].media
 
     @torch.no_grad()
     def score(

@@ -136,37 +136,48 @@ class AnyToAnyModel(nn.Module):
 
     def forward(self, batch: Batch) -> ModelOutput:
         embeds, media_tokens, idle = self.embed(batch)
-        layers = {-1, *chain(*(self._output(m).layers for m in self.output_projectors))}
         cu_seqlens = batch.host.cu_seqlens
-        states = self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, sorted(layers))
+        states = self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, self.layers)
         conditioning: dict[str, Conditioning] = {}
         for modality in self.output_projectors:  # in the recipe's order, the same on every rank
-            conditioning[modality] = self.condition(modality, states, embeds, batch)
-            if batch.host.targets[modality].idle:
-                given = conditioning[modality]
-                idle = idle + 0.0 * given.tokens.sum()
-                idle = idle if given.pooled is None else idle + 0.0 * given.pooled.sum()
+            target = batch.host.targets[modality]
+            if target.idle:
+                conditioning[modality], zero = self._idle_condition(modality, embeds)
+                idle = idle + zero
+                continue
+            signals = self.processor().signal_ids[modality]
+            fusion.check_signals(batch.host.input_ids, target.slots, signals, modality)
+            conditioning[modality] = self.condition(modality, states, embeds, target.slots)
         return ModelOutput(states[-1], media_tokens, conditioning, idle)
 
+    @property
+    def layers(self) -> list[int]:
+        """The LLM's layers whose hidden states are read."""
+        read = (self._output(modality).layers for modality in self.output_projectors)
+        return sorted({-1, *chain.from_iterable(read)})
+
     def condition(
-        self, modality: str, states: Mapping[int, Tensor], embeds: Tensor, batch: Batch
+        self, modality: str, states: Mapping[int, Tensor], embeds: Tensor, slots: Tensor
     ) -> Conditioning:
-        """What the generator of a modality is given for each of the batch's M targets.
+        """What the generator of a modality is given for each of M targets.
 
         Args:
             modality: of the targets.
-            states: (B, T, D) of the layers that the output projector reads.
+            states: (B, T, D) of each of :attr:`layers`.
             embeds: (B, T, D) that went into the LLM.
-            batch: says where the signal tokens are.
+            slots: (M, S) places of the signal tokens in the flattened (B*T) batch.
         """
-        projector, target = self._output(modality), batch.host.targets[modality]
-        signals = self.processor().signal_ids[modality]
-        if target.idle:
-            zeros = embeds.new_zeros(1, len(signals), embeds.shape[-1])
-            return projector(dict.fromkeys(projector.layers, zeros), zeros)
-        fusion.check_signals(batch.host.input_ids, target.slots, signals, modality)
-        read = {layer: fusion.gather(states[layer], target.slots) for layer in projector.layers}
-        return projector(read, fusion.gather(embeds, target.slots))
+        projector = self._output(modality)
+        read = {layer: fusion.gather(states[layer], slots) for layer in projector.layers}
+        return projector(read, fusion.gather(embeds, slots))
+
+    def _idle_condition(self, modality: str, embeds: Tensor) -> tuple[Conditioning, Tensor]:
+        """Of a target that is not there, and a zero with its graph."""
+        projector = self._output(modality)
+        zeros = embeds.new_zeros(1, self.signal_tokens[modality], embeds.shape[-1])
+        given = projector(dict.fromkeys(projector.layers, zeros), zeros)
+        zero = 0.0 * given.tokens.sum()
+        return given, zero if given.pooled is None else zero + 0.0 * given.pooled.sum()
 
     def _output(self, modality: str) -> OutputProjector:
         return cast(OutputProjector, self.output_projectors[modality])

@@ -9,14 +9,18 @@ Legend: B prompts, T tokens of the longest, D hidden, S all tokens of the packed
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.processing.processor import Processor
-from mmfusion.types import Batch, Message, Sample, Text
+from mmfusion.types import Batch, Conditioning, Message, Sample, Text
 
 
 @torch.no_grad()
@@ -43,6 +47,8 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
     if room is not None and (asked := options.get("max_new_tokens")):
         options["max_new_tokens"] = min(asked, room)
     end = end_token_ids(model)
+    if signals := list(model.processor().signal_ids.values()):
+        options["logits_processor"] = LogitsProcessorList([WholeRuns(signals)])
     # Layers compiled for training would be compiled anew for every state of the cache.
     with torch.compiler.set_stance("force_eager"):
         return backbone.generate(
@@ -52,6 +58,89 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
             pad_token_id=_pad_token_id(model.processor().tokenizer, end),
             **options,
         )
+
+
+class WholeRuns(LogitsProcessor):
+    """Once the first signal token of a modality is chosen, the others follow; none is chosen alone.
+
+    Args:
+        signals: ids of the signal tokens of each modality.
+    """
+
+    def __init__(self, signals: Sequence[Sequence[int]]) -> None:
+        self._after = {a: b for run in signals for a, b in pairwise(run)}
+        self._later = [index for run in signals for index in run[1:]]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        forced = [self._after.get(int(row[-1])) if len(row) else None for row in input_ids]
+        scores[:, self._later] = -torch.inf
+        for row, index in enumerate(forced):
+            if index is not None:
+                scores[row] = -torch.inf
+                scores[row, index] = 0.0
+        return scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """Signal tokens in an answer, and what the generator is to make of them.
+
+    Attributes:
+        row: of the batch of answers.
+        start, end: places in the row's new ids.
+        modality: of the medium.
+    """
+
+    row: int
+    start: int
+    end: int
+    modality: str
+
+
+def find_runs(ids: Tensor, signal_ids: Mapping[str, Sequence[int]]) -> list[Run]:
+    """The whole runs of signal tokens in (B, N) new ids, row by row; a run that was cut is none."""
+    firsts = {run[0]: (modality, list(run)) for modality, run in signal_ids.items()}
+    found = []
+    for row, new in enumerate(ids.tolist()):
+        for start, index in enumerate(new):
+            modality, run = firsts.get(index, ("", []))
+            if run and new[start : start + len(run)] == run:
+                found.append(Run(row, start, start + len(run), modality))
+    return found
+
+
+@torch.no_grad()
+def conditioning_of(
+    model: AnyToAnyModel, prompts: Batch, ids: Tensor, runs: Sequence[Run]
+) -> dict[str, Conditioning]:
+    """Conditioning of the runs of each modality, in their order: prompts and answers go through the
+    LLM once more, as in training.
+
+    Args:
+        model: built; in eval mode.
+        prompts: one packed row of B prompts.
+        ids: (B, N) what they were gone on with.
+        runs: of :func:`find_runs`, at least one.
+    """
+    assert prompts.cu_seqlens is not None
+    given = model.embed(prompts)[0][0].split(prompts.cu_seqlens.diff().tolist())
+    new = model.llm.embed(ids)
+    rows = [torch.cat([before, after]) for before, after in zip(given, new, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    borders = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    places = torch.cat([torch.arange(int(length)) for length in lengths])[None].to(ids.device)
+    embeds = torch.cat(rows)[None]
+    states = model.llm.forward_layers(embeds, places, borders.int(), model.layers)
+    found = {}
+    for modality in dict.fromkeys(run.modality for run in runs):
+        slots = torch.stack([
+            torch.arange(run.start, run.end) + int(borders[run.row]) + len(given[run.row])
+            for run in runs
+            if run.modality == modality
+        ])  # fmt: skip
+        found[modality] = model.condition(modality, states, embeds, slots)
+    return found
 
 
 def pad_left(embeds_1SD: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -95,11 +95,18 @@ class Processor:
 
         Raises:
             DataError: for a sample that cannot be used.
-            ValueError: for media the model has no encoder for, a chat template that cannot be
-                trained on, or tokens the LLM has no embedding for.
+            ValueError: for media the model has no encoder or no generator for, a chat template that
+                cannot be trained on, or tokens the LLM has no embedding for.
         """
         check_answers(sample.messages)
         self._check_modalities(sample)
+        bare = [media.modality for media in sample.targets if not (media.caption or "").strip()]
+        if lacking := self._captioned.intersection(bare):
+            raise DataError(
+                "no_caption",
+                f"{sorted(lacking)} in an answer has no caption, which an objective compares its "
+                "conditioning with; give captions, or train by denoising alone.",
+            )
         if sample.format == "plain":
             ids, trained = self._renderer.plain(sample.messages, sample.eos)
         else:
@@ -206,13 +213,6 @@ class Processor:
                 f"answers hold {sorted(missing)}, but the model has generators for "
                 f"{sorted(self.targets)}; add `model.generators`, `model.output_projectors` and "
                 "`model.signal_tokens` for them, or leave the source out."
-            )
-        bare = [x.modality for x in sample.targets if not (x.caption or "").strip()]
-        if lacking := self._captioned.intersection(bare):
-            raise DataError(
-                "no_caption",
-                f"{sorted(lacking)} in an answer has no caption, which an objective compares its "
-                "conditioning with; give captions, or train by denoising alone.",
             )
         if missing := {item.modality for item in sample.media} - set(self.media):
             raise ValueError(

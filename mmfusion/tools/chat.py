@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
 from mmfusion.data.converters.members import MODALITY_OF
 from mmfusion.inference import Chat, load, read_media
+from mmfusion.models.generators.base import Sampling
 from mmfusion.types import DataError, Media, Message, Text
 
 QUIT = ("/quit", "/exit")
@@ -28,6 +32,9 @@ def chat(
     seed: int | None = None,
     system: str | None = None,
     plain: bool = False,
+    media_dir: str = "answers",
+    guidance_scale: PositiveFloat = 7.5,
+    media_steps: PositiveInt = 50,
 ) -> None:
     """Talk to a run. Type a message; /image PATH, /audio PATH and /video PATH add media to it.
 
@@ -46,6 +53,9 @@ def chat(
         plain: for a run that was trained on captions: each line and its media stand alone, without
             the chat template, and the model goes on with the line to its end. Give the prompt of
             the captions, e.g. "Image caption:".
+        media_dir: folder that pictures, sounds and videos of answers are saved to.
+        guidance_scale: how strongly they follow the conversation; 1 is no guidance.
+        media_steps: steps of their sampler.
     """
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -55,10 +65,11 @@ def chat(
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "sampling": Sampling(media_steps, guidance_scale, seed or 0),
     }
     if plain:
         options |= {"plain": True, "stop": "\n"}
-    session = Session(load(run_dir, step, device), options, system)
+    session = Session(load(run_dir, step, device), options, system, Path(media_dir))
     print(f"{run_dir} is ready. {session.help()}", flush=True)
     for line in lines():
         if line in QUIT:
@@ -89,10 +100,17 @@ class Session:
         chat: the loaded run.
         options: of :meth:`mmfusion.inference.Chat.generate`.
         system: system message, or None.
+        media_dir: where media of answers are saved.
     """
 
-    def __init__(self, chat: Chat, options: dict[str, Any], system: str | None = None) -> None:
-        self._chat, self._options = chat, options
+    def __init__(
+        self,
+        chat: Chat,
+        options: dict[str, Any],
+        system: str | None = None,
+        media_dir: Path = Path("answers"),
+    ) -> None:
+        self._chat, self._options, self._media_dir = chat, options, media_dir
         self._start = [Message("system", (Text(system),))] if system else []
         self.history = list(self._start)
         self.pending: list[Media] = []
@@ -139,22 +157,41 @@ class Session:
         self.pending = []
         before = [] if self._options.get("plain") else self.history
         try:
-            answer = self._stream([*before, turn])
+            answer, made = self._stream([*before, turn])
         except (ValueError, OSError, RuntimeError) as error:
             again = " Attach its media again." if media else ""
             raise ValueError(f"{error}{again}") from error
         print(flush=True)
-        self.history += [turn, Message("assistant", (Text(answer.strip()),))]
+        for item in made:
+            print(f"({item.modality} {self._save(item)})", flush=True)
+        words = [Text(answer.strip())] if answer.strip() or not made else []
+        self.history += [turn, Message("assistant", (*words, *made))]
 
-    def _stream(self, messages: list[Message]) -> str:
+    def _save(self, media: Media) -> Path:
+        """Under a number of its own."""
+        self._media_dir.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = self._media_dir / f"{number:04d}.{media.format}"
+            try:
+                with path.open("xb") as file:
+                    file.write(media.data)
+                return path
+            except FileExistsError:
+                continue
+        raise AssertionError("numbers do not end")
+
+    def _stream(self, messages: list[Message]) -> tuple[str, list[Media]]:
         """Show the answer as it comes; Ctrl-C ends it where it is."""
-        answer = ""
+        answer, made = "", []
         stream = self._chat.generate(messages, stream=True, **self._options)
         try:
             for piece in stream:
+                if isinstance(piece, Media):
+                    made.append(piece)
+                    continue
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             stream.close()
             print(" (stopped)", end="")
-        return answer
+        return answer, made

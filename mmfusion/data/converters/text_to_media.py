@@ -1,7 +1,7 @@
 """Text-to-media pairs: the user asks for what a caption says, the answer is the media.
 
-``cat.jpg`` and ``cat.txt`` with the prompt ``Draw {caption}`` are a conversation of the user's "Draw
-A cat." and the assistant's picture.
+``cat.jpg`` and ``cat.txt`` with the prompt ``Draw {caption}`` are the user's "Draw A cat." and the
+assistant's picture.
 """
 
 from __future__ import annotations

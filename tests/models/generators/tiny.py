@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) -> str:
     """Squares of 16 pixels, latents of 8; conditioning of 12 tokens of width 32."""
     torch.manual_seed(3)
-    letters = [chr(ord("a") + i) for i in range(26)]
+    letters = [*string.ascii_lowercase, *string.digits]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12
@@ -32,9 +33,7 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon", **sche
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32,
         attention_head_dim=4,
     )  # fmt: skip
-    schedule = PNDMScheduler(
-        num_train_timesteps=100, prediction_type=prediction_type, skip_prk_steps=True, **scheduler
-    )
+    schedule = DDIMScheduler(num_train_timesteps=100, prediction_type=prediction_type, **scheduler)
     pipeline = StableDiffusionPipeline(
         vae, CLIPTextModel(text), tokenizer, unet, schedule, None, None,
         requires_safety_checker=False,

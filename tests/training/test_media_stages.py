@@ -1,0 +1,256 @@
+"""Stages of a model that answers with pictures, through the command: a tiny Stable Diffusion from
+disk, signal tokens, alignment and denoising.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmfusion
+from mmfusion.data.writer import ShardWriter
+from mmfusion.inference import Chat
+from mmfusion.models.generation import Run, WholeRuns, conditioning_of, find_runs
+from mmfusion.models.generators.base import Sampling
+from mmfusion.tools.chat import Session
+from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.rebuild import load_module
+from mmfusion.training.resume import find
+from mmfusion.types import Media, Message, Sample, Text
+from tests.models.generators.tiny import save_stable_diffusion
+from tests.training.tiny import fit, write_recipe
+
+OUTPUT = "mmfusion.models.output_projectors.query_decoder.QueryDecoder"
+SMALL = {"dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 32}
+PARTS = {
+    "model__encoders": {},
+    "model__input_projectors": {},
+    "model__signal_tokens": {"image": 3},
+    "model__output_projectors": {"image": {"class_path": OUTPUT, "init_args": SMALL}},
+}
+FULL = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 3e-3}}
+NEW = {"class_path": "mmfusion.tuning.NewTokens", "init_args": {"lr": 3e-2}}
+LORA = {"class_path": "mmfusion.tuning.LoRA", "init_args": {"r": 2, "lr": 1e-2}}
+NEXT_TOKEN = {"class_path": "mmfusion.objectives.next_token.NextToken"}
+
+
+def objective(name: str, **options: object) -> dict[str, object]:
+    path = {"align": "condition_alignment.ConditionAlignment", "denoise": "denoising.Denoising"}
+    options = {"modality": "image", **options}
+    return {"class_path": f"mmfusion.objectives.{path[name]}", "init_args": options}
+
+
+OBJECTIVES = {
+    "next_token": NEXT_TOKEN,
+    "align": objective("align"),
+    "denoise": objective("denoise", drop_condition=0.1, min_snr=5.0),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media_stages")
+    save_stable_diffusion(folder / "sd")
+    draw = np.random.default_rng(0)
+    with ShardWriter(str(folder / "pairs-%06d.tar")) as writer:
+        for i in range(40):
+            picture = np.broadcast_to(draw.integers(0, 255, 3, np.uint8), (16, 16, 3))
+            file = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(picture)).save(file, "png")
+            words = f"w{draw.integers(30)} w{draw.integers(30)}"
+            writer.write(f"{i:03d}", {"png": file.getvalue(), "txt": words.encode()})
+    return folder
+
+
+def recipe(home: Path, **changes: object) -> Path:
+    converter = {
+        "class_path": "mmfusion.data.converters.text_to_media.TextToMedia",
+        "init_args": {"prompts": {"image": ["w31 {caption}", "w32 {caption}"]}},
+    }
+    source = {"shards": f"{home}/pairs-*.tar", "converter": converter}
+    words = {
+        "shards": f"{home}/words-*.tar",
+        "converter": {"class_path": "tests.training.tiny.TinyConverter"},
+    }
+    generator = {
+        "class_path": "mmfusion.models.generators.stable_diffusion.StableDiffusion",
+        "init_args": {"path": f"{home}/sd"},
+    }
+    defaults = {
+        **PARTS,
+        "model__generators": {"image": generator},
+        "model__objectives": OBJECTIVES,
+        "model__tuning": {"output_projectors": FULL, "llm": NEW},
+        "data__sources": {"pairs": source, "words": words},
+        "trainer__max_steps": 12,
+    }
+    return write_recipe(home, **defaults | changes)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def stage2(home: Path) -> Path:
+    return fit(recipe(home, run_dir=str(home / "stage2"))).path
+
+
+def test_every_loss_of_stage_2_falls(stage2: Path) -> None:
+    found = rows(stage2)
+    for name in ("next_token", "align"):
+        curve = [float(row[f"train/{name}"]) for row in found]
+        assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    assert all(np.isfinite(float(row["train/denoise"])) for row in found)
+
+
+def test_a_checkpoint_of_stage_2_holds_projector_and_rows_and_nothing_else(stage2: Path) -> None:
+    names = set(read_checkpoint(find(stage2))["state_dict"])
+    assert {name.split(".")[1] for name in names} == {"output_projectors", "llm"}
+    assert all("trainable_tokens_delta" in name for name in names if ".llm." in name)
+
+
+def test_stage_3_keeps_what_stage_2_trained_bit_for_bit(home: Path, stage2: Path) -> None:
+    frozen = {**NEW, "init_args": {"lr": 1e-3, "train": False}}
+    changes = {"model__tuning": {"llm": [LORA, frozen]}, "model__init_from": str(stage2)}
+    run = fit(recipe(home, run_dir=str(home / "stage3"), **changes)).path
+    earlier, later = (read_checkpoint(find(path))["state_dict"] for path in (stage2, run))
+    assert set(earlier) < set(later)
+    assert all(torch.equal(later[name], earlier[name]) for name in earlier)
+    llm = load_module(run).model.llm
+    assert llm.new_tokens == ["<image_0>", "<image_1>", "<image_2>"]
+
+
+def test_stage_2_goes_on_exactly_noise_included(home: Path, stage2: Path) -> None:
+    half = fit(recipe(home, run_dir=str(home / "half"), checkpoint__every_n_steps=4)).path
+    (half / "checkpoints" / "step-00000012.ckpt").unlink()
+    run = fit(recipe(home, run_dir=str(home / "half"), checkpoint__every_n_steps=4)).path
+    whole = {row["trainer/global_step"]: row for row in rows(stage2)}
+    again = [row for row in rows(run) if row["trainer/attempt"] == "2"]
+    assert len(again) == 4
+    for row in again:
+        for name in ("loss", "next_token", "align", "denoise"):
+            assert row[f"train/{name}"] == whole[row["trainer/global_step"]][f"train/{name}"]
+
+
+def test_what_no_objective_needs_is_not_loaded(home: Path, tmp_path: Path) -> None:
+    run = fit(
+        recipe(
+            home,
+            model__objectives={
+                "next_token": NEXT_TOKEN,
+                "align": objective("align", distance="cosine"),
+            },
+            trainer__max_steps=3,
+            model__schedule={"warmup_steps": 0},
+            model__tuning={"output_projectors": FULL, "llm": NEW},
+            run_dir=str(tmp_path / "run"),
+        )
+    )
+    generator = load_module(run.path).model.generator("image")
+    assert generator.text_encoder is not None
+    assert generator.vae is None
+    assert generator.denoiser is None
+
+
+def ask(text: str) -> list[Message]:
+    return [Message("user", (Text(text),))]
+
+
+@pytest.fixture(scope="module")
+def chat(stage2: Path) -> Chat:
+    return mmfusion.load(stage2, device="cpu")
+
+
+def test_an_answer_is_conditioned_as_in_training(chat: Chat, home: Path) -> None:
+    """The same hidden states, whether the answer was given or is being trained."""
+    target = Media("image", Path(save_picture(home)).read_bytes(), "png", caption="w1")
+    talks = [(ask("w31 w1"), (Text("w7 "), target)), (ask("w2"), (target,))]
+    processor = chat.processor
+    encoded = [
+        processor.encode(Sample((*asked, Message("assistant", answer)))) for asked, answer in talks
+    ]
+    batch = chat._batch(encoded)
+    with torch.no_grad():
+        expected = chat.model(batch).conditioning["image"].tokens
+    prompts = [processor.prompt(asked) for asked, _ in talks]
+    news = [
+        one.planned.input_ids[len(prompt.planned) :]
+        for one, prompt in zip(encoded, prompts, strict=True)
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(news, batch_first=True, padding_value=2)
+    runs = find_runs(ids, processor.signal_ids)
+    assert [(run.row, run.end - run.start) for run in runs] == [(0, 3), (1, 3)]
+    found = conditioning_of(chat.model, chat._batch(prompts), ids, runs)["image"].tokens
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def save_picture(home: Path) -> str:
+    Image.new("RGB", (16, 16), "red").save(home / "red.png")
+    return str(home / "red.png")
+
+
+def only(chat: Chat, *tokens: str) -> dict[str, object]:
+    """An option of generate: no other tokens than these are given."""
+    allowed = set(chat.processor.tokenizer.convert_tokens_to_ids([*tokens]))
+    return {"suppress_tokens": [i for i in range(64) if i not in allowed]}
+
+
+SAMPLING = Sampling(steps=2, guidance_scale=3.0, seed=4)
+
+
+def test_pictures_and_text_come_in_their_order(chat: Chat) -> None:
+    signals = chat.processor.signal_ids["image"]
+    options = {"max_new_tokens": 7, "sampling": SAMPLING, **only(chat, "<image_0>")}
+    answers = chat.generate([ask("w31 w1"), ask("w32 w2 w3")], **options)
+    for answer in answers:  # a third run was cut off
+        assert [part.modality for part in answer.parts] == ["image", "image"]
+        assert answer == ""
+        assert all(Image.open(io.BytesIO(m.data)).size == (16, 16) for m in answer.media)
+    alone = chat.generate(ask("w32 w2 w3"), **options)
+    one, both = (np.asarray(Image.open(io.BytesIO(a.media[0].data))) for a in (alone, answers[1]))
+    assert one.shape == both.shape
+    pieces = list(chat.generate(ask("w31 w1"), stream=True, **options))
+    assert [piece.data for piece in pieces] == [m.data for m in answers[0].media]
+    text = chat.generate(ask("w1"), max_new_tokens=4, **only(chat, "w5", "w6"))
+    assert text.media == []
+    assert text == text.parts[0].text
+    assert len(signals) == 3
+
+
+def test_signal_tokens_follow_the_first_and_none_comes_alone() -> None:
+    force = WholeRuns([[10, 11, 12], [20, 21]])
+    scores = torch.zeros(4, 30)
+    scores[:, 11] = 9.0
+    found = force(torch.tensor([[5, 10], [10, 11], [11, 12], [5, 20]]), scores)
+    assert found[[0, 1, 3]].argmax(1).tolist() == [11, 12, 21]
+    assert (found[[0, 1, 3]] == -torch.inf).sum(1).tolist() == [29] * 3
+    assert torch.isinf(found[2]).nonzero().flatten().tolist() == [11, 12, 21]
+    start = force(torch.zeros(1, 0, dtype=torch.int64), scores[:1])
+    assert torch.isinf(start[0]).nonzero().flatten().tolist() == [11, 12, 21]
+
+
+def test_a_run_that_was_cut_is_no_picture() -> None:
+    ids = torch.tensor([[10, 11, 12, 10, 11], [5, 10, 5, 11, 12]])
+    assert find_runs(ids, {"image": [10, 11, 12]}) == [Run(0, 0, 3, "image")]
+
+
+def test_the_chat_saves_what_it_is_answered(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"max_new_tokens": 3, "sampling": SAMPLING, **only(chat, "<image_0>")}
+    session = Session(chat, options, media_dir=tmp_path / "answers")
+    session.handle("w31 w1")
+    session.handle("w32 w4")
+    out = capsys.readouterr().out
+    files = sorted((tmp_path / "answers").iterdir())
+    assert [file.name for file in files] == ["0001.png", "0002.png"]
+    assert all(f"(image {file})" in out for file in files)
+    assert [message.role for message in session.history] == ["user", "assistant"] * 2
