@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -78,6 +76,8 @@ class DDPMNoise(NoiseSchedule):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        from diffusers import DDPMScheduler
+
         self.scheduler = DDPMScheduler.from_config(dict(config))
         self.prediction = str(self.scheduler.config.prediction_type)
         if self.prediction not in PREDICTIONS:
@@ -105,6 +105,8 @@ class DDPMNoise(NoiseSchedule):
     def weights(self, levels_M: Tensor, min_snr: float) -> Tensor:
         if not min_snr:
             return super().weights(levels_M, 0.0)
+        from diffusers.training_utils import compute_snr
+
         snr = compute_snr(self.scheduler, levels_M)
         clipped = snr.clamp(max=min_snr)
         if self.prediction == "epsilon":
