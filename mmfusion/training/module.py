@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, SumMetric
 
 from mmfusion import tuning as tune
 from mmfusion.audit import AuditTable, audit
@@ -122,10 +122,9 @@ class MultimodalModule(L.LightningModule):
         )
         self.objectives = nn.ModuleDict(objectives)
         # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)
-        means = {name: MeanMetric(nan_strategy=math.nan) for name in objectives}
-        self.means = nn.ModuleDict(means)
-        """Over the supervised tokens of an evaluation, on all ranks."""
-        self.mean = cast(Metric, sum(self._weight(name) * means[name] for name in means))
+        self.means = nn.ModuleDict({n: MeanMetric(nan_strategy=math.nan) for n in objectives})
+        """Over the terms of an evaluation, on all ranks."""
+        self.terms = nn.ModuleDict({name: SumMetric() for name in objectives})
         self.tuning = tuning
         self.make_optimizer = optimizer
         self.schedule = schedule
@@ -358,9 +357,32 @@ class MultimodalModule(L.LightningModule):
         for name, loss in losses.items():
             mean = cast(MeanMetric, self.means[name])
             mean.update(loss.total.detach().float() / loss.count.clamp(min=1), loss.count)
-            self.log(f"{prefix}/{name}", mean, add_dataloader_idx=False)
-        self.log(f"{prefix}/loss", self.mean, add_dataloader_idx=False)
+            cast(SumMetric, self.terms[name]).update(loss.count)
         return losses
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the losses of the validation."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As validation, under ``test/``."""
+        self._report("test")
+
+    def _report(self, prefix: str) -> None:
+        """Means over all ranks, and their weighted sum; of an objective without a term, nothing."""
+        found = {}
+        for name in self.objectives:
+            mean, terms = cast(MeanMetric, self.means[name]), cast(SumMetric, self.terms[name])
+            if not mean.update_called:  # there was no batch
+                continue
+            value, count = mean.compute(), terms.compute()
+            mean.reset()
+            terms.reset()
+            if count:
+                found[name] = self._weight(name) * value
+                self.log(f"{prefix}/{name}", value)
+        if found:
+            self.log(f"{prefix}/loss", torch.stack([*found.values()]).sum())
 
     # ---- optimizer and checkpoints
 

@@ -1,0 +1,189 @@
+"""Alignment and denoising on a tiny Stable Diffusion, against slow references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmfusion import tuning
+from mmfusion.audit import audit
+from mmfusion.data.collate import collate
+from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generators.base import PARTS
+from mmfusion.models.generators.stable_diffusion import StableDiffusion
+from mmfusion.models.llms.hf_causal_lm import HFCausalLM
+from mmfusion.models.output_projectors.mlp import Linear
+from mmfusion.models.output_projectors.query_decoder import QueryDecoder
+from mmfusion.objectives.condition_alignment import ConditionAlignment
+from mmfusion.objectives.denoising import Denoising
+from mmfusion.tuning import Full, NewTokens, TuningError
+from mmfusion.types import Batch, ConditioningSpec, Media, Message, Sample, SampleRef, Text
+from tests.models.generators.test_stable_diffusion import picture
+from tests.models.generators.tiny import save_stable_diffusion
+from tests.models.tiny import save_llm
+
+SMALL = {"dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 24}
+
+
+def decoder(in_dim: int, spec: ConditioningSpec) -> QueryDecoder:
+    return QueryDecoder(in_dim, spec, layers=(1, -1), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("objectives")
+    save_stable_diffusion(folder / "sd")
+    save_llm(folder / "llm")
+    return folder
+
+
+def made(folder: Path, projector: Any = decoder, captioned: tuple[str, ...] = ()) -> AnyToAnyModel:
+    torch.manual_seed(0)
+    model = AnyToAnyModel(
+        {},
+        {},
+        HFCausalLM(str(folder / "llm")),
+        {"image": 3},
+        {"image": projector},
+        {"image": StableDiffusion(str(folder / "sd"))},
+        {"image": PARTS},
+        captioned,
+    )
+    model.build()
+    return model.eval()
+
+
+def batch_of(model: AnyToAnyModel, *captions: str | None) -> Batch:
+    """A sample for each caption; None is one that answers in words."""
+    samples = []
+    for index, caption in enumerate(captions):
+        media = picture(index)
+        answer = Media("image", media.data, "png", caption=caption) if caption else Text("w3")
+        turns = (Message("user", (Text("w1 w2"),)), Message("assistant", (answer,)))
+        ref = SampleRef("s", 0, index, index)
+        samples.append(model.processor().encode(Sample(turns), None, ref))
+    return collate(samples, model.processor())
+
+
+@pytest.mark.parametrize("distance", ["mse", "l2", "cosine"])
+def test_alignment_is_the_distance_to_the_text_encoding(folder: Path, distance: Any) -> None:
+    model = made(folder)
+    batch = batch_of(model, "w1", None, "w2 w3")
+    output = model(batch)
+    loss = ConditionAlignment("image", distance)(model, output, batch)
+    found = output.conditioning["image"].tokens
+    wanted = model.generator("image").encode_text(["w1", "w2 w3"]).tokens
+    each = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        terms = []
+        for a, b in zip(ours, theirs, strict=True):
+            if distance == "mse":
+                terms.append(sum((a - b) ** 2) / len(a))
+            elif distance == "l2":
+                terms.append(sum((a - b) ** 2) ** 0.5)
+            else:
+                terms.append(1 - (a @ b) / (sum(a**2) ** 0.5 * sum(b**2) ** 0.5))
+        each.append(sum(terms) / len(terms))
+    torch.testing.assert_close(loss.total, sum(each))
+    assert int(loss.count) == 2
+    torch.testing.assert_close(
+        loss.per_sample, torch.stack([each[0], torch.zeros(()), each[1]]).detach()
+    )
+    assert loss.per_sample_count.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "objective", [ConditionAlignment("image"), Denoising("image", drop_condition=0.3)]
+)
+def test_gradients_reach_projector_and_rows_and_nothing_frozen(
+    folder: Path, objective: Any
+) -> None:
+    model = made(folder)
+    tuning.apply(model, {"output_projectors": Full(1e-3), "llm": NewTokens(1e-3)})
+    batch = batch_of(model, "w1", "w2")
+    output = model(batch)
+    (objective(model, output, batch).total + output.idle).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lm_head" not in name:
+            assert parameter.grad.abs().sum() > 0, name
+        elif not parameter.requires_grad:
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("objective", [ConditionAlignment("image"), Denoising("image")])
+def test_without_targets_the_loss_is_zero_with_the_same_graph(folder: Path, objective: Any) -> None:
+    model = made(folder)
+    tuning.apply(model, {"output_projectors": Full(1e-3)})
+    batch = batch_of(model, None, None)
+    output = model(batch)
+    loss = objective(model, output, batch)
+    assert (float(loss.total), int(loss.count)) == (0.0, 0)
+    (loss.total + output.idle).backward()
+    grads = [p.grad for p in model.output_projectors.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+def test_a_generator_that_trains_runs_on_idle_targets_too(folder: Path) -> None:
+    model = made(folder)
+    tuning.apply(model, {"generators.image.denoiser": tuning.LoRA(1e-3, r=2, targets=["to_q"])})
+    batch = batch_of(model, None)
+    loss = Denoising("image")(model, model(batch), batch)
+    assert float(loss.total) == 0.0
+    loss.total.backward()
+    assert all(p.grad is not None for p in model.generators.parameters() if p.requires_grad)
+
+
+def test_dropped_conditioning_is_that_of_no_words(folder: Path) -> None:
+    model = made(folder)
+    batch = batch_of(model, *("w1" for _ in range(12)))
+    output = model(batch)
+    objective = Denoising("image", drop_condition=0.5)
+    target = batch.targets["image"]
+    found = objective._dropped(
+        output.conditioning["image"], model.generator("image"), target
+    ).tokens
+    empty = model.generator("image").encode_text([""]).tokens[0]
+    dropped = [torch.equal(one, empty) for one in found]
+    kept = [
+        torch.equal(a, b) for a, b in zip(found, output.conditioning["image"].tokens, strict=True)
+    ]
+    assert [not x for x in dropped] == kept
+    assert 2 <= sum(dropped) <= 10
+
+
+def test_conditioning_of_another_shape_cannot_be_compared(folder: Path) -> None:
+    model = made(folder, Linear)
+    batch = batch_of(model, "w1")
+    with pytest.raises(
+        ValueError, match=r"shape \(1, 3, 32\), the text encoding has \(1, 12, 32\)"
+    ):
+        ConditionAlignment("image")(model, model(batch), batch)
+    assert Denoising("image")(model, model(batch), batch).total > 0  # a U-Net takes any number
+
+
+def test_a_projector_that_neither_trains_nor_was_loaded_is_refused(folder: Path) -> None:
+    model = made(folder)
+    groups = tuning.apply(model, {"llm": NewTokens(1e-3)})
+    with pytest.raises(TuningError, match=r"random parameters neither train .*output_projectors"):
+        audit(model, groups)
+    groups = tuning.apply(model, {"output_projectors": Full(1e-3)})
+    with pytest.raises(TuningError, match="3 new tokens, but their rows"):
+        audit(model, groups)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for options in ({"drop_condition": 1.0}, {"drop_condition": -0.1}, {"min_snr": -1.0}):
+        with pytest.raises(ValueError, match="expected a share below 1"):
+            Denoising("image", **options)
+
+
+def test_parts_of_the_output_side_must_match(folder: Path) -> None:
+    llm = HFCausalLM(str(folder / "llm"))
+    with pytest.raises(ValueError, match="give each modality one of all three"):
+        AnyToAnyModel({}, {}, llm, {"image": 3})
+    generator = StableDiffusion(str(folder / "sd"))
+    with pytest.raises(ValueError, match=r"signal_tokens\.image is 0"):
+        AnyToAnyModel({}, {}, llm, {"image": 0}, {"image": decoder}, {"image": generator})
