@@ -85,14 +85,7 @@ def audit(
         )
     _check_new_tokens(model, loaded)
     _check_not_random(model, loaded)
-    parts = [
-        *((f"encoders.{name}", module) for name, module in model.encoders.items()),
-        *((f"input_projectors.{name}", module) for name, module in model.input_projectors.items()),
-        ("llm", model.llm),
-        *((f"output_projectors.{name}", part) for name, part in model.output_projectors.items()),
-        *((f"generators.{name}", part) for name, part in model.generators.items()),
-    ]
-    return AuditTable([_row(name, part, groups) for name, part in parts])
+    return AuditTable([_row(name, part, groups) for name, part in model.parts()])
 
 
 def check_reaches_loss(model: nn.Module) -> None:

@@ -108,6 +108,16 @@ class AnyToAnyModel(nn.Module):
                 self.output_projectors[modality] = make(self.llm.hidden_dim, spec)
             generator.build(self._needs.get(modality, ()), pretrained)
 
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """The parts by their names, in the order of the figure."""
+        before = (("encoders", self.encoders), ("input_projectors", self.input_projectors))
+        after = (("output_projectors", self.output_projectors), ("generators", self.generators))
+        named = [
+            [(f"{kind}.{name}", part) for kind, parts in side for name, part in parts.items()]
+            for side in (before, after)
+        ]
+        return [*named[0], ("llm", self.llm), *named[1]]
+
     def generator(self, modality: str) -> Generator:
         """That of a modality."""
         return cast(Generator, self.generators[modality])

@@ -67,6 +67,15 @@ class MediaRow:
 
 
 @dataclass(frozen=True)
+class MadeRow:
+    """What stands for an item of an answer, and what its generator takes."""
+
+    modality: str
+    signal_tokens: int
+    conditioning: str
+
+
+@dataclass(frozen=True)
 class Description:
     """Everything the command prints.
 
@@ -78,6 +87,7 @@ class Description:
 
     parts: list[PartRow]
     media: list[MediaRow]
+    made: list[MadeRow]
     activations: int
     tokens: int
     audit: str
@@ -104,6 +114,8 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_parts_table(found.parts))
     console.print(_media_table(found.media))
+    if found.made:
+        console.print(_made_table(found.made))
     console.print(_memory_table(found))
     console.print(LEFT_OUT, soft_wrap=True)
     if found.audit:
@@ -124,8 +136,9 @@ def description(recipe: str, overrides: Sequence[str] = ()) -> Description:
         parameter.element_size() == 2 for parameter in model.llm.parameters()
     )
     return Description(
-        parts=[_part_row(name, part, groups) for name, part in _parts(model)],
+        parts=[_part_row(name, part, groups) for name, part in model.parts()],
         media=media,
+        made=[_made_row(model, modality) for modality in model.generators],
         activations=_activations(model, tokens, 2 if half else 4),
         tokens=tokens,
         audit=_refusal(model, groups, module.init_from),
@@ -140,14 +153,6 @@ def _refusal(model: AnyToAnyModel, groups: Any, init_from: str | None) -> str:
     except tuning.TuningError as error:
         return str(error)
     return ""
-
-
-def _parts(model: AnyToAnyModel) -> list[tuple[str, nn.Module]]:
-    return [
-        *((f"encoders.{name}", part) for name, part in model.encoders.items()),
-        *((f"input_projectors.{name}", part) for name, part in model.input_projectors.items()),
-        ("llm", model.llm),
-    ]
 
 
 def _part_row(name: str, part: nn.Module, groups: Sequence[tuning.ParamGroup]) -> PartRow:
@@ -184,6 +189,12 @@ def _media_row(model: AnyToAnyModel, modality: str) -> MediaRow:
         return MediaRow(modality, f"{example}: {error}", (0, widths[0]), (0, widths[1]))
     tokens = cast(Projector, projector).num_tokens(features)
     return MediaRow(modality, example, (features, widths[0]), (tokens, widths[1]))
+
+
+def _made_row(model: AnyToAnyModel, modality: str) -> MadeRow:
+    spec = model.generator(modality).spec
+    pooled = f" and {spec.pooled_dim}" if spec.pooled_dim else ""
+    return MadeRow(modality, model.signal_tokens[modality], f"{spec.tokens} x {spec.dim}{pooled}")
 
 
 def _activations(model: AnyToAnyModel, tokens: int, element: int) -> int:
@@ -275,6 +286,15 @@ def _media_table(media: Sequence[MediaRow]) -> Table:
             f"{row.features[0]} x {row.features[1]}",
             f"{row.tokens[0]} x {row.tokens[1]}",
         )
+    return table
+
+
+def _made_table(made: Sequence[MadeRow]) -> Table:
+    table = Table(title="Media of answers", title_justify="left")
+    for column in ("modality", "signal tokens", "conditioning of the generator"):
+        table.add_column(column)
+    for row in made:
+        table.add_row(row.modality, str(row.signal_tokens), row.conditioning)
     return table
 
 

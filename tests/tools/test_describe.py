@@ -12,6 +12,7 @@ from mmfusion import tuning
 from mmfusion.cli import main
 from mmfusion.tools.describe import Description, description
 from mmfusion.training.rebuild import from_recipe
+from tests.training import pictures
 from tests.training.tiny import write_recipe
 
 
@@ -120,3 +121,16 @@ def test_a_policy_that_matches_nothing_is_an_error(built: tuple[str, torch.nn.Mo
         "class_path": "mmfusion.tuning.Frozen"}})  # fmt: skip
     with pytest.raises(tuning.TuningError, match="did you mean 'llm'"):
         description(str(recipe))
+
+
+def test_generators_and_what_they_take_are_shown(tmp_path, capsys):
+    path = str(pictures.recipe(pictures.prepare(tmp_path)))
+    found = description(path)
+    names = [part.name for part in found.parts]
+    assert names == ["llm", "output_projectors.image", "generators.image"]
+    assert found.parts[1].trainable == found.parts[1].parameters > 0
+    assert found.made[0].conditioning == "12 x 32"
+    main(["describe", path])
+    out = capsys.readouterr().out
+    assert "Media of answers" in out
+    assert "StableDiffusion" in out

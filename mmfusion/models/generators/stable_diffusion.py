@@ -101,7 +101,7 @@ class StableDiffusion(Generator):
                 if hasattr(kind, "config_class")
                 else kind.from_config(config)
             )
-            return made.to(self.dtype)
+            return made if self.dtype == torch.float32 else made.to(self.dtype)
         with reading(Path(self.path) / part):
             model, info = kind.from_pretrained(
                 self.path,

@@ -6,6 +6,7 @@ One query for each token of the conditioning, and one for the pooled vector wher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,20 @@ class QueryDecoder(OutputProjector):
         if dim % heads:
             raise ValueError(f"dim {dim} is no multiple of heads {heads}.")
         self.inward = nn.Linear(in_dim, dim)
-        self.transformer = nn.Transformer(
-            dim, heads, encoder_layers, decoder_layers, ffn_dim, dropout,
-            activation="gelu", batch_first=True, norm_first=True,
+        options: dict[str, Any] = {
+            "dim_feedforward": ffn_dim, "dropout": dropout, "activation": "gelu",
+            "batch_first": True, "norm_first": True,
+        }  # fmt: skip
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(dim, heads, **options), encoder_layers, nn.LayerNorm(dim),
+            enable_nested_tensor=False,
         )  # fmt: skip
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(dim, heads, **options), decoder_layers, nn.LayerNorm(dim)
+        )
+        for parameter in (*self.encoder.parameters(), *self.decoder.parameters()):
+            if parameter.ndim > 1:  # as nn.Transformer does: copies of one layer start apart
+                nn.init.xavier_uniform_(parameter)
         queries = spec.tokens + (spec.pooled_dim > 0)
         self.queries = nn.Parameter(torch.randn(queries, dim) * 0.02)
         self.outward = nn.Linear(dim, spec.dim)
@@ -57,6 +68,6 @@ class QueryDecoder(OutputProjector):
 
     def project(self, states_MSD: Tensor) -> Conditioning:
         queries = self.queries.expand(len(states_MSD), -1, -1)
-        found = self.transformer(self.inward(states_MSD), queries)
+        found = self.decoder(queries, self.encoder(self.inward(states_MSD)))
         tokens = self.outward(found[:, : self.spec.tokens])
         return Conditioning(tokens, self.pooled(found[:, -1]) if self.pooled else None)
