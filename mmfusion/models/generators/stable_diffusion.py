@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Generator, Sampling
 from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
-from mmfusion.models.loading import reading, refuse_missing
+from mmfusion.models.loading import checked_path, reading, refuse_missing
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import center_crop, decode_image, resize
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
@@ -48,7 +48,8 @@ class StableDiffusion(Generator):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.revision, self.dtype = path, revision, getattr(torch, dtype)
+        self.path = checked_path(path, "model_index.json")
+        self.revision, self.dtype = revision, getattr(torch, dtype)
         self.text_encoder: Any = None
         self.vae: Any = None
         self.denoiser: Any = None
@@ -71,7 +72,10 @@ class StableDiffusion(Generator):
         """Configurations of the parts."""
         names = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
                  "scheduler": "scheduler_config.json"}  # fmt: skip
-        return {part: pipeline_config(self.path, part, file) for part, file in names.items()}
+        return {
+            part: pipeline_config(self.path, part, file, self.revision)
+            for part, file in names.items()
+        }
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -192,7 +196,7 @@ class SquareProcessor(MediaProcessor):
         return {"pixels": torch.full((3, self.size, self.size), 255, dtype=torch.uint8)}
 
 
-def pipeline_config(path: str, part: str, file: str) -> dict[str, Any]:
+def pipeline_config(path: str, part: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a part of a pipeline.
 
     Raises:
@@ -208,7 +212,7 @@ def pipeline_config(path: str, part: str, file: str) -> dict[str, Any]:
     else:
         from huggingface_hub import hf_hub_download
 
-        found = Path(hf_hub_download(path, file, subfolder=part))
+        found = Path(hf_hub_download(path, file, subfolder=part, revision=revision))
     with reading(found.parent):
         return dict(json.loads(found.read_bytes()))
 

@@ -177,6 +177,8 @@ def test_pipelines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ValueError, match="takes conditioning of width 48, its text encoder gives 32"
     ):
         StableDiffusion(str(path))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        StableDiffusion(f"{path}/absent")
     (path / "vae" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no vae/config\.json"):
         StableDiffusion(str(path))
