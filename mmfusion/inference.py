@@ -170,7 +170,7 @@ class Chat:
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self._batch(encoded)
         options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
-        criteria = StoppingCriteriaList()
+        criteria = StoppingCriteriaList(options.get("stopping_criteria", ()))
         if stop:
             criteria.append(_StopAt(stop, self.processor.tokenizer))
         options["stopping_criteria"] = criteria
