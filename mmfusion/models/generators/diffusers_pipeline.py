@@ -1,0 +1,255 @@
+"""What all generators from diffusers have in common: the folder of a pipeline, whose components are
+read, built and loaded one by one.
+
+``model_index.json`` names the components of a pipeline and their classes; each has a folder with
+its configuration, and its weights in safetensors. A family says which of them it uses (its
+``components``), checks that they fit on the configurations alone, and runs them; the denoiser is
+always the attribute ``denoiser``, where tuning policies find it.
+
+M items, C tokens of the conditioning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from mmfusion.models.generators.base import TEXT_ENCODER, Generator, Sampling
+from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
+from mmfusion.models.loading import checked_path, reading, refuse_missing
+from mmfusion.types import Conditioning
+
+INDEX = "model_index.json"
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component of a pipeline that has weights.
+
+    Attributes:
+        part: which of the generator's ``PARTS`` it belongs to; they may share one.
+        folder: its folder, and its argument of the pipeline's class.
+        kind: the class that loads it.
+        aliases: what else ``model_index.json`` may call that class.
+        optional: pipelines may come without it.
+    """
+
+    part: str
+    folder: str
+    kind: Any
+    aliases: tuple[str, ...] = ()
+    optional: bool = False
+
+
+class DiffusersPipeline(Generator):
+    """A frozen pipeline. A family gives ``components`` and what it does with them.
+
+    Args:
+        path: folder of a diffusers pipeline (``model_index.json``), or a hub id.
+        dtype: of the weights.
+        revision: commit, tag or branch of a hub id.
+
+    Attributes:
+        components: what the family uses, by the attribute that holds it once it is built.
+        configs: their configurations by the same names, without those that are absent, and that of
+            the ``scheduler``.
+    """
+
+    components: ClassVar[Mapping[str, Component]]
+    text_encoder: Any
+    vae: Any
+    denoiser: Any
+
+    def __init__(self, path: str, dtype: DType = "float32", revision: str | None = None) -> None:
+        super().__init__()
+        self.path = checked_path(path, INDEX)
+        self.revision, self.dtype = revision, getattr(torch, dtype)
+        self.configs = self._configs()
+        for name in self.components:
+            setattr(self, name, None)
+        self._tokenizers: dict[str, Any] = {}
+        self.noise_schedule()
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The pipeline's ``model_index.json``."""
+        return pipeline_config(self.path, "", INDEX, self.revision)
+
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        """Read only once it is clear that the pipeline has what the family takes.
+
+        Raises:
+            ValueError: for a component that is absent or of another class.
+        """
+        present = {}
+        for name, component in self.components.items():
+            found = (self.index.get(component.folder) or (None, None))[1]
+            if found is None and component.optional:
+                continue
+            if found not in (component.kind.__name__, *component.aliases):
+                raise ValueError(
+                    f"{component.folder} of {self.path} is {found}, in a "
+                    f"{self.index.get('_class_name')}; {type(self).__name__} takes "
+                    f"{component.kind.__name__}. Choose the generator of this pipeline."
+                )
+            present[name] = (component.folder, "config.json")
+        present["scheduler"] = ("scheduler", "scheduler_config.json")
+        return {
+            name: pipeline_config(self.path, folder, file, self.revision)
+            for name, (folder, file) in present.items()
+        }
+
+    def check_width(self, takes: int, gives: int, what: str = "conditioning") -> None:
+        """Of what text encoders, or for latents the VAE, hand to the denoiser.
+
+        Raises:
+            ValueError: where the two differ.
+        """
+        if takes != gives:
+            giver = "VAE" if what == "latents" else "text encoder"
+            raise ValueError(
+                f"the denoiser of {self.path} takes {what} of width {takes}, its {giver} gives "
+                f"{gives}; expected the same."
+            )
+
+    def noise_schedule(self) -> NoiseSchedule:
+        return noise_schedule(self.configs["scheduler"])
+
+    def build(self, parts: Collection[str], pretrained: bool = True) -> None:
+        for name, component in self.components.items():
+            wanted = component.part in parts and name in self.configs
+            if wanted and getattr(self, name) is None:
+                setattr(self, name, self._load(name, component, pretrained))
+        self.train(self.training)
+
+    def _load(self, name: str, component: Component, pretrained: bool) -> Any:
+        kind = component.kind
+        if not pretrained:
+            config = dict(self.configs[name])
+            made = (
+                kind(kind.config_class(**config))
+                if hasattr(kind, "config_class")
+                else kind.from_config(config)
+            )
+            return made if self.dtype == torch.float32 else made.to(self.dtype)
+        with reading(Path(self.path) / component.folder):
+            model, info = kind.from_pretrained(
+                self.path,
+                subfolder=component.folder,
+                revision=self.revision,
+                torch_dtype=self.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        refuse_missing(info, f"{self.path}/{component.folder}", kind.__name__)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Of whatever is built."""
+        return next(self.parameters()).device
+
+    def tokenize(
+        self, captions: Sequence[str], length: int, folder: str = "tokenizer"
+    ) -> tuple[Tensor, Tensor]:
+        """(M, ``length``) ids and their mask (int64, 1 where valid), cut and padded."""
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = AutoTokenizer.from_pretrained(
+                self.path, subfolder=folder, revision=self.revision
+            )
+        found = self._tokenizers[folder](
+            list(captions), padding="max_length", max_length=length, truncation=True,
+            return_tensors="pt", return_attention_mask=True,
+        )  # fmt: skip
+        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+
+    def pipeline(self, kind: Any, **arguments: Any) -> Any:
+        """The pipeline of diffusers around what is built, for sampling.
+
+        Args:
+            kind: its class.
+            arguments: whatever else its constructor takes.
+        """
+        import diffusers
+
+        components = {
+            component.folder: None if component.part == TEXT_ENCODER else getattr(self, name)
+            for name, component in self.components.items()
+        }
+        config = self.configs["scheduler"]
+        sampler = getattr(diffusers, config["_class_name"]).from_config(config)
+        made = kind(**components, scheduler=sampler, **arguments)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    @staticmethod
+    def options(sampling: Sampling, count: int) -> dict[str, Any]:
+        """What every pipeline calls the same: steps, scale, and a generator for each item."""
+        seeds = range(sampling.seed, sampling.seed + count)
+        return {
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        }
+
+    def paired(
+        self, conditioning: Conditioning, empty: Conditioning
+    ) -> tuple[Conditioning, Conditioning]:
+        """Our conditioning and, for each of its items, that of "", with the same number of tokens:
+        guidance runs both in one pass.
+
+        Where the numbers differ each is repeated to their least common multiple. Cross-attention
+        has no order, and a softmax over k copies of a set is the one over the set; so this changes
+        nothing.
+        """
+        count, ours = conditioning.tokens.shape[:2]
+        tokens = math.lcm(ours, empty.tokens.shape[1])
+
+        def repeated(given: Conditioning) -> Conditioning:
+            times = tokens // given.tokens.shape[1]
+            pooled, mask = given.pooled, given.mask
+            return Conditioning(
+                given.tokens.to(self.device, self.dtype).repeat(1, times, 1).expand(count, -1, -1),
+                None if pooled is None else pooled.to(self.device, self.dtype).expand(count, -1),
+                None if mask is None else mask.to(self.device).repeat(1, times).expand(count, -1),
+            )
+
+        return repeated(conditioning), repeated(empty)
+
+
+def drawn(posterior: DiagonalGaussianDistribution, generators: Sequence[torch.Generator]) -> Tensor:
+    """One sample of each item's latents, from its own generator."""
+    noise = [torch.randn(posterior.mean.shape[1:], generator=g) for g in generators]
+    return posterior.mean + posterior.std * torch.stack(noise).to(posterior.mean)
+
+
+def pipeline_config(path: str, part: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a pipeline, or of a part of it.
+
+    Raises:
+        FileNotFoundError: where the folder does not have it.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        found = folder / part / file
+        if not found.is_file():
+            raise FileNotFoundError(
+                f"{path} has no {part}/{file}; expected the folder of a diffusers pipeline."
+            )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        found = Path(hf_hub_download(path, file, subfolder=part or None, revision=revision))
+    with reading(found.parent):
+        return dict(json.loads(found.read_bytes()))
