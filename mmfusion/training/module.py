@@ -8,11 +8,9 @@ objectives.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +22,6 @@ from torchmetrics import MeanMetric, SumMetric
 
 from mmfusion import tuning as tune
 from mmfusion.audit import AuditTable, audit
-from mmfusion.kept_weights import check_meaning, meaning, take_rows
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.generators.base import Generator
@@ -32,22 +29,18 @@ from mmfusion.models.llms.base import LLM
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
 from mmfusion.objectives.base import Loss, Objective, TargetObjective
-from mmfusion.training.checkpoint import (
-    kept_state,
-    load_kept,
-    read_checkpoint,
-    trained_names,
-    unused_names,
-)
-from mmfusion.training.resume import complete_checkpoint
+from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.schedules import WarmupCosine
+from mmfusion.training.trained_weights import (
+    check_order,
+    check_own,
+    keep_trained,
+    load_earlier,
+    load_own,
+)
 from mmfusion.tuning import Policy
 from mmfusion.types import Batch, BatchSample, ConditioningSpec
 
-log = logging.getLogger(__name__)
-
-MEANING = "meaning"
-"""Where a checkpoint keeps what its weights mean besides their shapes."""
 RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer group that the recipe gives, also to a resumed run."""
 
@@ -160,39 +153,13 @@ class MultimodalModule(L.LightningModule):
             self.model.build()
             self.groups = tune.apply(self.model, self.tuning)
         if self.init_from:
-            self._load_earlier(self.init_from)
+            self.inherited = load_earlier(self, self.init_from, self.init_drop)
         if self.compile_llm:
             self.model.llm.compile_layers()
         self._built = True
         if self._fitting:
             loaded = {name.removeprefix("model.") for name in self.inherited}
             self.audit = audit(self.model, self.groups, loaded)
-
-    def _load_earlier(self, init_from: str) -> None:
-        path = complete_checkpoint(init_from, "model.init_from")
-        checkpoint = read_checkpoint(path)
-        check_meaning(self.model, checkpoint.get(MEANING, {}), self.init_drop)
-        state = self._without_dropped(checkpoint["state_dict"], path)
-        self.inherited = load_kept(self, state, str(path))
-        self.inherited |= take_rows(self, self.inherited)
-        log.info("%d tensors from %s", len(self.inherited), path)
-        if unused := unused_names(self, state):
-            raise ValueError(
-                f"{len(unused)} trained tensors of {path} have no place here: {unused[:4]}. Add "
-                "the parts and adapters they belong to (mmfusion.tuning.LoRA with train: false "
-                "keeps adapters frozen), or leave their part behind by model.init_drop."
-            )
-
-    def _without_dropped(self, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-        for part in self.init_drop:
-            left = {name: state[name] for name in state if not name.startswith(f"model.{part}.")}
-            if len(left) == len(state):
-                raise ValueError(
-                    f"model.init_drop names {part!r}, but {path} has no weights of it; it has "
-                    f"{sorted(state)[:4]}."
-                )
-            state = left
-        return state
 
     def resume(self, names: Iterable[str]) -> None:
         """Call before the parts are built where the run goes on from a checkpoint, which takes the
@@ -401,65 +368,22 @@ class MultimodalModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains now or trained in an earlier stage."""
-        names = trained_names(self) | self.inherited
-        checkpoint["state_dict"] = kept_state(checkpoint["state_dict"], names)
-        checkpoint["parameter_names"] = self._group_names()
-        checkpoint[MEANING] = meaning(self.model)
+        keep_trained(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds this recipe's trained weights, and the optimizer's state
         in this recipe's order.
         """
-        check_meaning(self.model, checkpoint.get(MEANING, {}), ())
-        self.check_names(set(checkpoint["state_dict"]))
-        here = self._group_names()
-        if (there := checkpoint.get("parameter_names", here)) != here:
-            raise ValueError(
-                "the optimizer's state in the checkpoint is of other parameters, or of the same in "
-                f"another order: {_first_difference(there, here)}. Write model.encoders, "
-                "model.input_projectors and model.tuning in the order the run started with."
-            )
+        check_own(self, checkpoint)
+        check_order(self, checkpoint)
         self.inherited = set(checkpoint["state_dict"]) - trained_names(self)
-
-    def _group_names(self) -> list[list[str]]:
-        """Names of the parameters of each optimizer group; its state is kept by position."""
-        names = {parameter: name for name, parameter in self.named_parameters()}
-        return [[names[parameter] for parameter in group["params"]] for group in self.groups]
 
     def restore(self, path: str | Path) -> None:
         """Build the parts and load a checkpoint of this recipe, to use or evaluate them."""
         self.init_from = None  # what came from there is in the checkpoint
         self.compile_llm = False  # generating grows a cache: every step would be compiled anew
         self.configure_model()
-        checkpoint = read_checkpoint(path)
-        check_meaning(self.model, checkpoint.get(MEANING, {}), ())
-        state = checkpoint["state_dict"]
-        self.check_names(set(state))
-        load_kept(self, state, str(path))
-
-    def check_names(self, there: set[str]) -> None:
-        """Refuse a checkpoint that lacks a weight that trains here, or holds one with no place
-        here.
-
-        Args:
-            there: names of the checkpoint's tensors.
-        """
-        if missing := sorted(trained_names(self) - there):
-            raise ValueError(
-                f"the checkpoint has no weights for {len(missing)} tensors that train here: "
-                f"{missing[:4]}. It was made with another model.tuning."
-            )
-        if surplus := sorted(there - set(self.state_dict())):
-            raise ValueError(
-                f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It "
-                "was made with other parts or another model.tuning."
-            )
-
-
-def _first_difference(there: list[list[str]], here: list[list[str]]) -> str:
-    pairs = zip_longest(chain(*there), chain(*here), fillvalue="nothing")
-    differing = [f"{a} there, {b} here" for a, b in pairs if a != b]
-    return differing[0] if differing else "their groups (weight_decay) differ"
+        load_own(self, path)
 
 
 def _detached(loss: Loss) -> Loss:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import yaml
 
@@ -214,6 +215,14 @@ def fit(recipe: Path, *options: str) -> RunDirectory:
     config = yaml.safe_load(recipe.read_text())
     given = [option.split("=", 1)[1] for option in options if option.startswith("--run_dir=")]
     return RunDirectory(given[-1] if given else config["run_dir"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> str:
+    """What is said where ``mmfusion fit`` does not start."""
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(recipe), *options])
+    assert stop.value.code == 1
+    return capsys.readouterr().err
 
 
 def losses(run: RunDirectory, attempt: int | None = None) -> dict[int, str]:
