@@ -24,8 +24,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generation import Run, conditioning_of, find_runs, generate
-from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generation import find_runs, generate, make_media
+from mmfusion.models.generators.base import Sampling
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Message, Role, Sample, SampleRef, Text
@@ -187,7 +187,7 @@ class Chat:
     ) -> list[Answer]:
         """Text between the runs of signal tokens, and what the generators make of those."""
         runs = find_runs(ids, self.processor.signal_ids)
-        media = iter(self._make(prompts, ids, runs, sampling))
+        media = iter(make_media(self.model, prompts, ids, runs, sampling))
         parts: list[list[Text | Media]] = [[] for _ in ids]
         for row, new in enumerate(ids):
             begin = 0
@@ -201,23 +201,6 @@ class Chat:
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         text = (text.partition(stop)[0] if stop else text).strip()
         return [Text(text)] if text else []
-
-    @torch.no_grad()
-    def _make(
-        self, prompts: Batch, ids: Tensor, runs: Sequence[Run], sampling: Sampling
-    ) -> list[Media]:
-        """The medium of each run; those of one modality are drawn together."""
-        if not runs:
-            return []
-        made: dict[int, Media] = {}
-        for modality, given in conditioning_of(self.model, prompts, ids, runs).items():
-            generator = self.model.generator(modality)
-            generator.build(PARTS)
-            generator.to(ids.device).eval()
-            empty = generator.encode_text([""])
-            places = [i for i, run in enumerate(runs) if run.modality == modality]
-            made |= zip(places, generator.sample(given, empty, sampling), strict=True)
-        return [made[i] for i in range(len(runs))]
 
     def _stream(
         self, prompts: Batch, seed: int | None, sampling: Sampling, options: dict[str, Any]

@@ -19,11 +19,13 @@ class Question:
         prompt: the sample up to its last answer, ready to be continued.
         text: the prompt as text; placeholders once an item.
         truth: the last answer as text.
+        wanted: modalities of the media in the last answer, in reading order.
     """
 
     prompt: EncodedSample
     text: str
     truth: str
+    wanted: tuple[str, ...] = ()
 
 
 def as_question(sample: EncodedSample, tokenizer: Any) -> Question:
@@ -45,9 +47,12 @@ def as_question(sample: EncodedSample, tokenizer: Any) -> Question:
         planned.input_ids[:start], planned.trained[:start] & False, planned.media[:kept]
     )
     return Question(
-        prompt=replace(sample, planned=prompt, tensors=sample.tensors[:kept]),
+        prompt=replace(
+            sample, planned=prompt, tensors=sample.tensors[:kept], targets=(), captions=()
+        ),
         text=tokenizer.decode(_without_repeats(prompt)),
         truth=tokenizer.decode(planned.input_ids[start:end], skip_special_tokens=True).strip(),
+        wanted=tuple(slots.modality for slots in planned.targets if slots.start >= start),
     )
 
 

@@ -54,6 +54,9 @@ class AnyToAnyModel(nn.Module):
         generators: one for each of them.
         needs: for each of them, the parts of its generator that are loaded.
         captioned: those whose targets need a caption.
+
+    Attributes:
+        needs: parts that are loaded of each generator.
     """
 
     def __init__(
@@ -91,8 +94,11 @@ class AnyToAnyModel(nn.Module):
             llm.add_tokens(signals_of(modality, count))
         self._factories = dict(input_projectors)
         self._output_factories = dict(output_projectors or {})
-        self._needs, self._captioned = dict(needs or {}), frozenset(captioned)
+        given = needs or {}
+        self.needs = {modality: frozenset(given.get(modality, ())) for modality in self.generators}
+        self._captioned = frozenset(captioned)
         self._processor: Processor | None = None
+        self._built = False
 
     def build(self, pretrained: bool = True) -> None:
         """Make every module and load its weights. The second call does nothing."""
@@ -106,7 +112,14 @@ class AnyToAnyModel(nn.Module):
             if modality not in self.output_projectors:
                 spec = generator.spec
                 self.output_projectors[modality] = make(self.llm.hidden_dim, spec)
-            generator.build(self._needs.get(modality, ()), pretrained)
+            generator.build(self.needs[modality], pretrained)
+        self._built = True
+
+    def need(self, modality: str, parts: Collection[str]) -> None:
+        """Have more parts of a generator: loaded with the others, or now where these are there."""
+        self.needs[modality] |= frozenset(parts)
+        if self._built:
+            self.generator(modality).build(parts)
 
     def parts(self) -> list[tuple[str, nn.Module]]:
         """The parts by their names, in the order of the figure."""

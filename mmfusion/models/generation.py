@@ -10,7 +10,7 @@ Legend: B prompts, T tokens of the longest, D hidden, S all tokens of the packed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.processing.processor import Processor
-from mmfusion.types import Batch, Conditioning, Message, Sample, Text
+from mmfusion.types import Batch, Conditioning, Media, Message, Sample, Text
 
 
 @torch.no_grad()
@@ -141,6 +142,34 @@ def conditioning_of(
         ])  # fmt: skip
         found[modality] = model.condition(modality, states, embeds, slots)
     return found
+
+
+@torch.no_grad()
+def make_media(
+    model: AnyToAnyModel, prompts: Batch, ids: Tensor, runs: Sequence[Run], sampling: Sampling
+) -> list[Media]:
+    """The medium of each run; those of one modality are drawn together.
+
+    Args:
+        model: built; in eval mode. Parts of its generators that are missing are loaded.
+        prompts: one packed row of B prompts.
+        ids: (B, N) what they were gone on with.
+        runs: of :func:`find_runs`.
+        sampling: how media are drawn; of several seeds, each is of one run.
+    """
+    if not runs:
+        return []
+    made: dict[int, Media] = {}
+    for modality, given in conditioning_of(model, prompts, ids, runs).items():
+        model.need(modality, PARTS)
+        generator = model.generator(modality).to(ids.device).eval()
+        empty = generator.encode_text([""])
+        places = [i for i, run in enumerate(runs) if run.modality == modality]
+        own = sampling
+        if isinstance(sampling.seed, tuple):
+            own = replace(sampling, seed=tuple(sampling.seed[i] for i in places))
+        made |= zip(places, generator.sample(given, empty, own), strict=True)
+    return [made[i] for i in range(len(runs))]
 
 
 def pad_left(embeds_1SD: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,12 +28,21 @@ class Sampling:
     Attributes:
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
-        seed: of the noise; item m draws from seed + m.
+        seed: of the noise; item m draws from seed + m. Or a seed for each item.
     """
 
     steps: int = 50
     guidance_scale: float = 7.5
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
+
+    def noise(self, count: int) -> list[torch.Generator]:
+        """What each of ``count`` items draws from, on the CPU: the same on any device."""
+        seeds = self.seed
+        if isinstance(seeds, int):
+            seeds = tuple(seeds + item for item in range(count))
+        if len(seeds) != count:
+            raise ValueError(f"sampling.seed names {len(seeds)} seeds; expected {count}.")
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class Generator(nn.Module, ABC):

@@ -196,11 +196,10 @@ class DiffusersPipeline(Generator):
     @staticmethod
     def options(sampling: Sampling, count: int) -> dict[str, Any]:
         """What every pipeline calls the same: steps, scale, and a generator for each item."""
-        seeds = range(sampling.seed, sampling.seed + count)
         return {
             "num_inference_steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "generator": sampling.noise(count),
         }
 
     def paired(

@@ -1,0 +1,24 @@
+"""Noise of a sampling: an item's own seed, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmfusion.models.generators.base import Sampling
+
+
+def drawn(sampling: Sampling, count: int) -> list[float]:
+    return [float(torch.rand((), generator=g)) for g in sampling.noise(count)]
+
+
+def test_an_item_draws_from_the_seed_and_its_place_or_from_its_own() -> None:
+    by_place, own = drawn(Sampling(seed=4), 3), drawn(Sampling(seed=(5, 9)), 2)
+    assert len(set(by_place)) == 3
+    assert own[0] == by_place[1]
+    assert own[1] == drawn(Sampling(seed=9), 1)[0]
+
+
+def test_seeds_that_do_not_fit_the_items_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sampling\.seed names 2 seeds; expected 3"):
+        Sampling(seed=(1, 2)).noise(3)
