@@ -39,7 +39,8 @@ class ConditionAlignment(TargetObjective):
         found, target = output.conditioning[self.modality], batch.host.targets[self.modality]
         if target.idle:
             return over_targets(0.0 * found.tokens.sum((1, 2)), target, len(batch.samples))
-        wanted = model.generator(self.modality).encode_text(target.captions)
+        generator = model.generator(self.modality)
+        wanted = generator.encode_captions(batch.targets[self.modality])
         return over_targets(self.distances(found, wanted), target, len(batch.samples))
 
     def distances(self, found: Conditioning, wanted: Conditioning) -> Tensor:

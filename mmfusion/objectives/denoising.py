@@ -70,7 +70,7 @@ class Denoising(TargetObjective):
             torch.rand((), generator=g) for g in generators_of(target.keys.tolist(), ~self.seed)
         ]
         keep = (torch.stack(draws) >= self.drop_condition).to(found.tokens.device)
-        empty = generator.encode_text([""])
+        empty = generator.encode_empty()
 
         def mixed(ours: Tensor, none: Tensor) -> Tensor:
             return torch.where(keep.view(-1, *[1] * (ours.ndim - 1)), ours, none.to(ours))

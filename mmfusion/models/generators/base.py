@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mmfusion.models.generators.noise import NoiseSchedule, generators_of
+from mmfusion.models.generators.stored import moments_in, text_in
 from mmfusion.processing.base import MediaProcessor
-from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
+from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors, TargetBatch
 
 TEXT_ENCODER, VAE, DENOISER = "text_encoder", "vae", "denoiser"
 PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER})
@@ -52,6 +53,8 @@ class Generator(nn.Module, ABC):
     """
 
     modality: str
+    stored_empty: Conditioning | None = None
+    """The text encoding of "", where it was stored."""
 
     @property
     @abstractmethod
@@ -77,8 +80,14 @@ class Generator(nn.Module, ABC):
         """Its own text encoding of M captions, without gradients. Needs the text encoder."""
 
     @abstractmethod
-    def encode_media(self, tensors: MediaTensors, generators: Sequence[torch.Generator]) -> Tensor:
-        """Scaled latents (M, ...) of M targets, without gradients. Needs the VAE."""
+    def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (M, ...) of the VAE's latents of M targets, without
+        gradients. Needs the VAE.
+        """
+
+    @abstractmethod
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents of the VAE (M, ...) as the denoiser takes them. Works before ``build``."""
 
     @abstractmethod
     def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
@@ -99,6 +108,24 @@ class Generator(nn.Module, ABC):
     def train(self, mode: bool = True) -> Any:
         """A frozen generator stays in evaluation mode: its dropout must not act."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def encode_media(self, tensors: MediaTensors, generators: Sequence[torch.Generator]) -> Tensor:
+        """Scaled latents (M, ...) of M targets, each drawn by its own generator, without gradients.
+        Needs the VAE, unless its moments come with the targets.
+        """
+        mean, std = moments_in(tensors) or self.moments(tensors)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        return self.scaled(mean + std * noise.to(mean))
+
+    def encode_captions(self, target: TargetBatch) -> Conditioning:
+        """Text encoding of the captions of M targets, without gradients. Needs the text encoder,
+        unless their encodings come with the targets.
+        """
+        return text_in(target.tensors) or self.encode_text(target.captions)
+
+    def encode_empty(self) -> Conditioning:
+        """Text encoding of "", of one item. Needs the text encoder, unless it was stored."""
+        return self.stored_empty or self.encode_text([""])
 
     def denoising_loss(
         self,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -155,6 +154,14 @@ class DiffusersPipeline(Generator):
         refuse_missing(info, f"{self.path}/{component.folder}", kind.__name__)
         return model
 
+    def scaled(self, latents: Tensor) -> Tensor:
+        """``(z - shift_factor) * scaling_factor`` of the VAE's configuration. The oldest pipelines
+        do not tell it; then it is AutoencoderKL's default.
+        """
+        config = self.configs["vae"]
+        shift = config.get("shift_factor") or 0.0
+        return (latents - shift) * config.get("scaling_factor", 0.18215)
+
     @property
     def device(self) -> torch.device:
         """Of whatever is built."""
@@ -225,12 +232,6 @@ class DiffusersPipeline(Generator):
             )
 
         return repeated(conditioning), repeated(empty)
-
-
-def drawn(posterior: DiagonalGaussianDistribution, generators: Sequence[torch.Generator]) -> Tensor:
-    """One sample of each item's latents, from its own generator."""
-    noise = [torch.randn(posterior.mean.shape[1:], generator=g) for g in generators]
-    return posterior.mean + posterior.std * torch.stack(noise).to(posterior.mean)
 
 
 def pipeline_config(path: str, part: str, file: str, revision: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmfusion.models.generators.diffusers_pipeline import drawn
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import center_crop, decode_image, resize
 from mmfusion.types import Media, MediaTensors
@@ -47,13 +45,12 @@ def checked_size(size: int, factor: int) -> int:
     return size
 
 
-def encode_pictures(vae: Any, pixels_N3HW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Scaled latents (N, C, H/f, W/f) of 8 bit pictures, drawn from an AutoencoderKL's posterior:
-    ``(z - shift_factor) * scaling_factor`` of its configuration.
+def picture_moments(vae: Any, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (N, C, H/f, W/f) of an AutoencoderKL's latents of 8 bit
+    pictures.
     """
     posterior = vae.encode(pixels_N3HW.to(vae.dtype) / 127.5 - 1).latent_dist
-    shift = vae.config.shift_factor or 0.0
-    return (drawn(posterior, generators) - shift) * vae.config.scaling_factor
+    return posterior.mean, posterior.std
 
 
 def as_png(picture: Image.Image) -> Media:

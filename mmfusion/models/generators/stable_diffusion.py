@@ -19,7 +19,7 @@ from mmfusion.models.generators.pictures import (
     SquareProcessor,
     as_png,
     checked_size,
-    encode_pictures,
+    picture_moments,
 )
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
@@ -70,8 +70,8 @@ class StableDiffusion(DiffusersPipeline):
         return Conditioning(self.text_encoder(ids).last_hidden_state)
 
     @torch.no_grad()
-    def encode_media(self, tensors: MediaTensors, generators: Sequence[torch.Generator]) -> Tensor:
-        return encode_pictures(self.vae, tensors["pixels"], generators)
+    def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
+        return picture_moments(self.vae, tensors["pixels"])
 
     def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = conditioning.tokens.to(self.dtype)
