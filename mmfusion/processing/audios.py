@@ -1,4 +1,4 @@
-"""Sound: from file bytes to mono float32 at the rate an encoder wants.
+"""Sound: from file bytes to mono float32 at the rate an encoder wants, and from samples to a file.
 
 soundfile reads WAV, FLAC, OGG and MP3 and seeks to a span; PyAV reads what it cannot (AAC, M4A, the
 sound of a video file). soxr resamples, at its high quality. Lengths are checked on the header,
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfusion.processing.containers import DAMAGE, open_container, start_seconds
-from mmfusion.types import DataError
+from mmfusion.types import DataError, Media
 
 MAX_SECONDS = 3600.0
 """Seconds of sound above which a file, or a span of it, is refused."""
@@ -116,6 +116,19 @@ def audio_seconds(
             "give a span, or raise the limit.",
         )
     return seconds
+
+
+def as_wav(samples: Array, rate: int, caption: str | None = None) -> Media:
+    """Samples in [-1, 1] as a 16 bit WAV file; what is louder is clipped.
+
+    Args:
+        samples: (T,) or (T, channels) float32.
+        rate: samples a second.
+        caption: what is heard, in words.
+    """
+    file = io.BytesIO()
+    soundfile.write(file, samples.clip(-1, 1), rate, format="WAV", subtype="PCM_16")
+    return Media("audio", file.getvalue(), "wav", caption=caption)
 
 
 def check_span(start: float | None, end: float | None) -> None:

@@ -18,8 +18,11 @@ from mmfusion.models.generators.stored import moments_in, text_in
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors, TargetBatch
 
-TEXT_ENCODER, VAE, DENOISER = "text_encoder", "vae", "denoiser"
-PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER})
+TEXT_ENCODER, VAE, DENOISER, VOCODER = "text_encoder", "vae", "denoiser", "vocoder"
+PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER, VOCODER})
+"""Of a generator. A vocoder, which turns what the VAE decodes into sound, is of use in sampling
+alone: no objective needs it.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Generator(nn.Module, ABC):
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:
-        """M media, drawn together: one pass of the denoiser a step. Needs VAE and denoiser.
+        """M media, drawn together: one pass of the denoiser a step. Needs VAE and denoiser, and
+        the vocoder where there is one.
 
         Args:
             conditioning: of M items.

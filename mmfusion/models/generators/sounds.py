@@ -1,0 +1,112 @@
+"""Sounds as generators of audio take them: clips of one length, as log-mel frames or as samples."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.audio_utils import mel_filter_bank
+
+from mmfusion.processing.audios import decode_audio
+from mmfusion.processing.base import MediaProcessor
+from mmfusion.types import DataError, Media, MediaTensors
+
+PEAK = 0.5
+"""Of a clip that is turned into mel frames (AudioLDM's own)."""
+SILENCE = 1e-4
+"""A clip that stays below this is refused: brought to a common loudness it would be noise."""
+FLOOR = 1e-5
+"""Under the logarithm."""
+
+
+class ClipProcessor(MediaProcessor):
+    """The first ``samples`` of a sound, or of a span of it; a shorter one is followed by silence.
+
+    Args:
+        rate: samples a second.
+        samples: of a clip.
+        channels: equal ones; sounds are decoded as one channel.
+    """
+
+    modality = "audio"
+
+    def __init__(self, rate: int, samples: int, channels: int = 1) -> None:
+        self.rate, self.samples, self.channels = rate, samples, channels
+
+    def num_features(self, media: Media) -> int:
+        return 1
+
+    def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
+        return {"samples": self.padded(self.clip(media)).repeat(self.channels, 1)}
+
+    def idle(self) -> MediaTensors:
+        return {"samples": torch.zeros(self.channels, self.samples)}
+
+    def clip(self, media: Media) -> Tensor:
+        """Up to ``samples``, float32.
+
+        Raises:
+            DataError: ``silent_audio``, and those of :func:`decode_audio`.
+        """
+        begin = media.start or 0.0
+        end = begin + self.samples / self.rate
+        end = end if media.end is None else min(end, media.end)
+        wave = decode_audio(media.data, media.format, self.rate, begin, end)[: self.samples]
+        if (peak := float((wave - wave.mean()).abs().max())) < SILENCE:
+            raise DataError(
+                "silent_audio",
+                f"the {media.format} audio is silent from {begin} to {end} s: its peak is "
+                f"{peak:.1e}; expected {SILENCE:.0e} or more.",
+            )
+        return wave
+
+    def padded(self, wave: Tensor) -> Tensor:
+        """(samples,)."""
+        return F.pad(wave, (0, self.samples - len(wave)))
+
+
+class MelProcessor(ClipProcessor):
+    """Log-mel frames of a clip that is brought to a common loudness.
+
+    Args:
+        rate: samples a second.
+        hop: samples from a frame to the next.
+        frames: T of a clip.
+        bins: of the mel scale, from 0 Hz to half the rate.
+        window: samples of the Fourier transform.
+    """
+
+    def __init__(self, rate: int, hop: int, frames: int, bins: int, window: int) -> None:
+        super().__init__(rate, frames * hop)
+        self.hop, self.frames, self.bins, self.window = hop, frames, bins, window
+
+    def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
+        clip = self.clip(media)
+        clip = clip - clip.mean()
+        wave = self.padded(clip * (PEAK / clip.abs().max()))
+        return {"mel": log_mel(wave, self.rate, self.hop, self.bins, self.window)[: self.frames]}
+
+    def idle(self) -> MediaTensors:
+        return {"mel": torch.full((self.frames, self.bins), float(np.log(FLOOR)))}
+
+
+def log_mel(wave: Tensor, rate: int, hop: int, bins: int, window: int) -> Tensor:
+    """(samples // hop + 1, bins) natural logarithms of mel-scaled magnitudes, frames centred, as
+    Tacotron 2 and AudioLDM take them (https://github.com/haoheliu/AudioLDM, ``audio/stft.py``).
+    """
+    spectrum = torch.stft(
+        wave, window, hop, window=torch.hann_window(window), return_complex=True
+    ).abs()
+    return (_filters(rate, bins, window) @ spectrum).clamp(min=FLOOR).log().T
+
+
+@lru_cache(maxsize=4)
+def _filters(rate: int, bins: int, window: int) -> Tensor:
+    """(bins, window // 2 + 1) Slaney filters."""
+    bank = mel_filter_bank(
+        window // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+    )
+    return torch.from_numpy(bank).float().T

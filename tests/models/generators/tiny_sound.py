@@ -1,0 +1,73 @@
+"""Tiny random pipelines of sound, saved to disk to be loaded by the real code."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AudioLDMPipeline, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+)
+
+
+def roberta_tokenizer(longest: int = 16) -> PreTrainedTokenizerFast:
+    """Letters, between ``<s>`` and ``</s>``; RoBERTa's ids of start, pad and end."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *string.ascii_lowercase]
+    model = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, "<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", model_max_length=longest,
+    )  # fmt: skip
+
+
+def mel_vae(channels: int = 4) -> AutoencoderKL:
+    """Halves frames and bins."""
+    return AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(32, 32), latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8, scaling_factor=0.25,
+    )  # fmt: skip
+
+
+def vocoder(bins: int = 8) -> SpeechT5HifiGan:
+    """4 kHz, 64 samples a frame."""
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=bins, sampling_rate=4000, upsample_initial_channel=8, upsample_rates=[8, 8],
+        upsample_kernel_sizes=[16, 16], resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]], normalize_before=False,
+    )  # fmt: skip
+    return SpeechT5HifiGan(config)
+
+
+def save_audio_ldm(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) -> str:
+    """Clips of 16 frames of 8 bins, 0.256 s; conditioning of one vector of width 32."""
+    torch.manual_seed(3)
+    text = ClapTextConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=37, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=18, projection_dim=32,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
+        layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=(32, 64),
+        attention_head_dim=4, norm_num_groups=8, class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=32, class_embeddings_concat=True,
+    )  # fmt: skip
+    schedule = DDIMScheduler(num_train_timesteps=100, prediction_type=prediction_type, **scheduler)
+    pipeline = AudioLDMPipeline(
+        mel_vae(), ClapTextModelWithProjection(text), roberta_tokenizer(), unet, schedule, vocoder()
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)
