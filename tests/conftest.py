@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,6 +53,25 @@ def real_weights() -> dict[str, Path]:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"the pretrained weights cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def voice() -> Path:
+    """The real Piper voice; skips where it, espeak-ng or onnxruntime cannot be had."""
+    from mmfusion.paths import cache_dir
+    from mmfusion.tools.quickstart import assets
+
+    pytest.importorskip("onnxruntime")
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cache_dir() / "tests.lock"):
+            return assets.fetch(assets.VOICE) / assets.VOICE_FILE
+    except assets.UnavailableError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the voice cannot be had: {error}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

