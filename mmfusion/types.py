@@ -297,6 +297,8 @@ class Batch(_Tensors):
         step_counts: () int64 each, in ALL micro-batches of this optimizer step on this rank:
             supervised ``tokens``, and targets by modality. Summed over ranks they normalise the
             losses.
+        step_captions: by modality, the distinct captions of the targets in ALL micro-batches of
+            this optimizer step on this rank, sorted.
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).
@@ -312,6 +314,7 @@ class Batch(_Tensors):
     media: dict[str, MediaBatch]
     targets: dict[str, TargetBatch]
     step_counts: dict[str, Tensor]
+    step_captions: dict[str, list[str]] = field(default_factory=dict)
     samples: list[BatchSample] = field(default_factory=list)
     stream: Any = None
     _host: Batch | None = field(default=None, init=False, repr=False, compare=False)

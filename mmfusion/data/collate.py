@@ -46,7 +46,7 @@ def collate(
         pad_rows: one row a sample, padded on the right, instead of all in one row.
 
     Returns:
-        A batch whose ``step_counts`` are its own; the loader sets the step's.
+        A batch whose ``step_counts`` and ``step_captions`` are its own; the loader sets the step's.
 
     Raises:
         ValueError: where placeholder slots and media items do not match.
@@ -82,6 +82,9 @@ def collate(
         step_counts={
             "tokens": (labels != IGNORE_INDEX).sum(),
             **{name: torch.tensor(0 if t.idle else len(t.slots)) for name, t in targets.items()},
+        },
+        step_captions={
+            name: [] if t.idle else sorted(set(t.captions)) for name, t in targets.items()
         },
         samples=[_provenance(sample) for sample in samples],
     )

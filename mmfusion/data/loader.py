@@ -56,8 +56,16 @@ def make_micro_batches(
         unit: torch.stack([batch.step_counts[unit] for batch in batches]).sum()
         for unit in batches[0].step_counts
     }
+    captions = {
+        modality: sorted(set().union(*(batch.step_captions[modality] for batch in batches)))
+        for modality in batches[0].step_captions
+    }
     batches = [
-        replace(batch, step_counts={unit: count.clone() for unit, count in counts.items()})
+        replace(
+            batch,
+            step_counts={unit: count.clone() for unit, count in counts.items()},
+            step_captions=captions,
+        )
         for batch in batches
     ]
     batches[-1].stream = step.record

@@ -43,6 +43,11 @@ class Objective(nn.Module, ABC):
     weight: float
     unit: str = "tokens"
 
+    def begin_step(self, model: AnyToAnyModel, batch: Batch) -> None:
+        """Called with the first micro-batch of each optimizer step, on every rank, before any loss
+        of it: what depends on the whole step is made here, with the collectives that it needs.
+        """
+
     @abstractmethod
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss: ...
 

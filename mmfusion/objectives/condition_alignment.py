@@ -1,5 +1,5 @@
 """The projected conditioning against the generator's own text encoding of the caption
-(arXiv:2309.05519, its alignment of the decoding side). M targets, C tokens, D_g width.
+(arXiv:2309.05519, its alignment of the decoding side). M targets, C tokens, D_g width, K captions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import TEXT_ENCODER
 from mmfusion.objectives.base import Loss, TargetObjective, over_targets
+from mmfusion.objectives.step_texts import Texts, gather_texts
 from mmfusion.types import Batch, Conditioning, ModelOutput
 
 Distance = Literal["cosine", "mse", "l2"]
@@ -26,22 +27,69 @@ class ConditionAlignment(TargetObjective):
         distance: ``cosine``: 1 - cos, the one for unit vectors, whose squared error is tiny;
             ``mse``: mean over the width; ``l2``: Euclidean norm (NExT-GPT's).
         weight: of this loss in the sum.
+        contrastive: weight of InfoNCE (arXiv:1807.03748) beside the distance: of all captions of
+            the optimizer step, on all ranks, a target's conditioning is to be most like the
+            encoding of its own. That is what retrieval measures. Targets of one caption are of one
+            class. In evaluation the captions are those of the batch.
+        temperature: of InfoNCE.
     """
 
     needs = frozenset({TEXT_ENCODER})
     captions = True
 
-    def __init__(self, modality: str, distance: Distance = "mse", weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        modality: str,
+        distance: Distance = "mse",
+        weight: float = 1.0,
+        contrastive: float = 0.0,
+        temperature: float = 0.07,
+    ) -> None:
         super().__init__(modality, weight)
+        if contrastive < 0 or temperature <= 0:
+            raise ValueError(
+                f"contrastive is {contrastive} and temperature {temperature}; expected a weight of "
+                "0 or more and a temperature above 0."
+            )
         self.distance = distance
+        self.contrastive, self.temperature = contrastive, temperature
+        self._step_texts: Texts | None = None
+
+    def begin_step(self, model: AnyToAnyModel, batch: Batch) -> None:
+        if self.contrastive:
+            captions = batch.step_captions[self.modality]
+            encode = model.generator(self.modality).encode_text
+            self._step_texts = gather_texts(captions, encode, batch.input_ids.device)
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
         found, target = output.conditioning[self.modality], batch.host.targets[self.modality]
         if target.idle:
             return over_targets(0.0 * found.tokens.sum((1, 2)), target, len(batch.samples))
         generator = model.generator(self.modality)
-        wanted = generator.encode_captions(batch.targets[self.modality])
-        return over_targets(self.distances(found, wanted), target, len(batch.samples))
+        if not self.contrastive:
+            wanted = generator.encode_captions(batch.targets[self.modality])
+            return over_targets(self.distances(found, wanted), target, len(batch.samples))
+        if self.training:
+            texts = self._step_texts
+        else:
+            captions = sorted(set(target.captions))
+            texts = Texts(captions, generator.encode_text(captions))
+        assert texts is not None, "begin_step comes before the losses of a step"
+        places = texts.places(target.captions)
+        losses = self.distances(found, texts.take(places))
+        losses = losses + self.contrastive * self.info_nce(found, texts.encoding, places)
+        return over_targets(losses, target, len(batch.samples))
+
+    def info_nce(self, found: Conditioning, texts: Conditioning, places_M: Tensor) -> Tensor:
+        """(M,) cross entropy of each target's own caption among K.
+
+        Args:
+            found: of M targets.
+            texts: encodings of K distinct captions.
+            places_M: of each target's own among them.
+        """
+        logits_MK = similarities(found, texts) / self.temperature
+        return F.cross_entropy(logits_MK, places_M, reduction="none")
 
     def distances(self, found: Conditioning, wanted: Conditioning) -> Tensor:
         """(M,) fp32.
@@ -69,3 +117,18 @@ class ConditionAlignment(TargetObjective):
         if self.distance == "l2":
             return torch.linalg.vector_norm(a - b, dim=-1)
         return (a - b).square().mean(-1)
+
+
+def similarities(found: Conditioning, texts: Conditioning) -> Tensor:
+    """(M, K) fp32 cosines of M conditionings and K text encodings: the mean over the valid tokens
+    of the text, averaged with that of the pooled vectors where there are such.
+    """
+    with torch.autocast(found.tokens.device.type, enabled=False):  # they are close to one another
+        ours, theirs = (F.normalize(x.tokens.float(), dim=-1) for x in (found, texts))
+        mask = torch.ones_like(theirs[..., 0]) if texts.mask is None else texts.mask.to(theirs)
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        cosines = ours.flatten(1) @ (theirs * share[..., None]).flatten(1).T
+        if found.pooled is None or texts.pooled is None:
+            return cosines
+        ours, theirs = (F.normalize(x.float(), dim=-1) for x in (found.pooled, texts.pooled))
+        return (cosines + ours @ theirs.T) / 2

@@ -225,9 +225,12 @@ class MultimodalModule(L.LightningModule):
         """The sum of the objectives, divided so that any split of a step gives the same gradients:
         the strategy averages over ranks, Lightning divides by the micro-batches.
         """
+        splits = self.trainer.accumulate_grad_batches
+        if batch_idx % splits == 0:
+            for objective in self.objectives.values():
+                cast(Objective, objective).begin_step(self.model, batch)
         output = self.model(batch)
         losses = self._losses(output, batch)
-        splits = self.trainer.accumulate_grad_batches
         shares = {
             name: self._weight(name) * loss.total / self._count(name).clamp(min=1)
             for name, loss in losses.items()

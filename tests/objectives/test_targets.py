@@ -20,7 +20,16 @@ from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
 from mmfusion.tuning import Full, NewTokens, TuningError
-from mmfusion.types import Batch, ConditioningSpec, Media, Message, Sample, SampleRef, Text
+from mmfusion.types import (
+    Batch,
+    ConditioningSpec,
+    EncodedSample,
+    Media,
+    Message,
+    Sample,
+    SampleRef,
+    Text,
+)
 from tests.models.generators.test_stable_diffusion import picture
 from tests.models.generators.tiny import save_stable_diffusion
 from tests.models.tiny import save_llm
@@ -56,7 +65,7 @@ def made(folder: Path, projector: Any = decoder, captioned: tuple[str, ...] = ()
     return model.eval()
 
 
-def batch_of(model: AnyToAnyModel, *captions: str | None) -> Batch:
+def encoded(model: AnyToAnyModel, *captions: str | None) -> list[EncodedSample]:
     """A sample for each caption; None is one that answers in words."""
     samples = []
     for index, caption in enumerate(captions):
@@ -65,7 +74,12 @@ def batch_of(model: AnyToAnyModel, *captions: str | None) -> Batch:
         turns = (Message("user", (Text("w1 w2"),)), Message("assistant", (answer,)))
         ref = SampleRef("s", 0, index, index)
         samples.append(model.processor().encode(Sample(turns), None, ref))
-    return collate(samples, model.processor())
+    return samples
+
+
+def batch_of(model: AnyToAnyModel, *captions: str | None) -> Batch:
+    """Of the samples of :func:`encoded`."""
+    return collate(encoded(model, *captions), model.processor())
 
 
 @pytest.mark.parametrize("distance", ["mse", "l2", "cosine"])

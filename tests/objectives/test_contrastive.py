@@ -1,0 +1,149 @@
+"""InfoNCE among the captions of an optimizer step, however it is divided."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmfusion import tuning
+from mmfusion.data.loader import Division, make_micro_batches
+from mmfusion.data.stream import LocalStep
+from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.objectives.condition_alignment import ConditionAlignment, similarities
+from mmfusion.objectives.step_texts import Texts, gather_texts
+from mmfusion.tuning import Full
+from mmfusion.types import Batch, Conditioning, EncodedSample
+from tests.models.generators.tiny import save_stable_diffusion
+from tests.models.tiny import save_llm
+from tests.objectives.test_targets import encoded, made
+
+CAPTIONS = ("w1", "w2 w3", None, "w1", "w4", None, "w5 w1", "w2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> AnyToAnyModel:
+    folder = tmp_path_factory.mktemp("contrastive")
+    save_stable_diffusion(folder / "sd")
+    save_llm(folder / "llm")
+    model = made(folder)
+    tuning.apply(model, {"output_projectors": Full(1e-3)})
+    return model
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / (sum(a**2) ** 0.5 * sum(b**2) ** 0.5))
+
+
+def test_similarity_is_the_mean_cosine_of_valid_tokens_and_of_pooled_vectors() -> None:
+    torch.manual_seed(0)
+    ours = Conditioning(torch.randn(3, 4, 5), torch.randn(3, 6))
+    mask = torch.arange(4) < torch.tensor([[4], [1]])
+    texts = Conditioning(torch.randn(2, 4, 5), torch.randn(2, 6), mask)
+    found = similarities(ours, texts)
+    for m in range(3):
+        for k, valid in enumerate((4, 1)):
+            tokens = [cosine(ours.tokens[m, c], texts.tokens[k, c]) for c in range(valid)]
+            pooled = cosine(ours.pooled[m], texts.pooled[k])
+            assert float(found[m, k]) == pytest.approx((sum(tokens) / valid + pooled) / 2, abs=1e-6)
+
+
+def test_of_one_unit_vector_it_is_the_scalar_product() -> None:
+    ours, texts = (torch.nn.functional.normalize(torch.randn(n, 1, 8), dim=-1) for n in (2, 3))
+    found = similarities(Conditioning(ours), Conditioning(texts))
+    torch.testing.assert_close(found, ours[:, 0] @ texts[:, 0].T)
+
+
+def batches(model: AnyToAnyModel, micro_batches: int) -> list[Batch]:
+    """A step of four packs of two samples each."""
+    samples: list[EncodedSample] = encoded(model, *CAPTIONS)
+    packs = [samples[i : i + 2] for i in range(0, len(samples), 2)]
+    step = LocalStep(packs=packs, record=None)  # type: ignore[arg-type]
+    return make_micro_batches(step, Division(4, 4 // micro_batches), model.processor(), False)
+
+
+def test_every_micro_batch_knows_the_captions_of_its_step(model: AnyToAnyModel) -> None:
+    known = {"image": ["w1", "w2", "w2 w3", "w4", "w5 w1"]}
+    assert [batch.step_captions for batch in batches(model, 4)] == [known] * 4
+    assert batches(model, 1)[0].step_captions == known
+
+
+def test_it_is_cross_entropy_over_the_distinct_captions_of_the_step(model: AnyToAnyModel) -> None:
+    (batch,) = batches(model, 1)
+    output = model(batch)
+    losses = {}
+    for weight in (0.0, 2.0):
+        objective = ConditionAlignment("image", "cosine", contrastive=weight, temperature=0.1)
+        objective.begin_step(model, batch)
+        losses[weight] = objective(model, output, batch)
+    ours = output.conditioning["image"].tokens.detach()
+    wanted = {c: model.generator("image").encode_text([c]).tokens[0] for c in CAPTIONS if c}
+    assert len(wanted) == 5  # the two targets of one caption are of one class
+    expected = []
+    for one, caption in zip(ours, filter(None, CAPTIONS), strict=True):
+        scores = {
+            text: sum(cosine(a, b) for a, b in zip(one, theirs, strict=True)) / len(one) / 0.1
+            for text, theirs in wanted.items()
+        }
+        everything = math.log(sum(math.exp(score) for score in scores.values()))
+        expected.append(everything - scores[caption])
+    found = (losses[2.0].total - losses[0.0].total).detach()
+    assert float(found) == pytest.approx(2.0 * sum(expected), rel=1e-4)
+    assert int(losses[2.0].count) == 6
+
+
+def gradients(model: AnyToAnyModel, micro_batches: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    objective = ConditionAlignment("image", contrastive=1.0)
+    for number, batch in enumerate(batches(model, micro_batches)):
+        if number == 0:
+            objective.begin_step(model, batch)
+        objective(model, model(batch), batch).total.backward()
+    return [p.grad.clone() for p in model.output_projectors.parameters()]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_any_split_of_a_step_gives_the_same_gradients(
+    model: AnyToAnyModel, micro_batches: int
+) -> None:
+    whole, split = gradients(model, 1), gradients(model, micro_batches)
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert any(grad.abs().max() > 1e-3 for grad in whole)
+
+
+def test_the_captions_of_a_step_are_encoded_once(
+    model: AnyToAnyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, generator = [], model.generator("image")
+    encode = generator.encode_text
+    monkeypatch.setattr(generator, "encode_text", lambda c: calls.append(list(c)) or encode(c))
+    gradients(model, 4)
+    assert calls == [["w1", "w2", "w2 w3", "w4", "w5 w1"]]
+
+
+def test_evaluation_compares_the_captions_of_the_batch(model: AnyToAnyModel) -> None:
+    first, second = batches(model, 2)
+    objective = ConditionAlignment("image", contrastive=1.0)
+    objective.begin_step(model, first)
+    trained = objective(model, model(first), first).total
+    alone = objective.eval()(model, model(first), first).total
+    assert float(alone) < float(trained)  # fewer captions to be told apart from
+    assert objective(model, model(second), second).count == 3
+
+
+def test_a_step_that_was_not_begun_is_refused(model: AnyToAnyModel) -> None:
+    texts = Texts(["w1"], model.generator("image").encode_text(["w1"]))
+    with pytest.raises(ValueError, match=r"\['w9'\] are not among the 1 of this step"):
+        texts.places(["w1", "w9"])
+
+
+def test_a_step_without_captions_has_no_texts() -> None:
+    assert gather_texts([], lambda captions: 1 / 0, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("options", [{"contrastive": -1.0}, {"temperature": 0.0}])
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected a weight of 0 or more"):
+        ConditionAlignment("image", **options)
