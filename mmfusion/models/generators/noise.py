@@ -115,27 +115,38 @@ class DDPMNoise(NoiseSchedule):
 
 
 class FlowNoise(NoiseSchedule):
-    """Straight lines from data to noise; times are logit-normal.
+    """Straight lines from data to noise, in steps whose times are logit-normal and then shifted
+    towards noise, as diffusers' ``examples/dreambooth/train_dreambooth_sd3.py`` draws them. A level
+    is a step's place in the scheduler's table, 0 the noisiest.
 
     Args:
-        config: the ``scheduler_config.json``.
+        config: the ``scheduler_config.json``, of the training scheduler or of a sampler.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.steps = int(config.get("num_train_timesteps", 1000))
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
+            shift=float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1)),
+            # Where the shift depends on the size, a sampler's matter, training has none.
+            use_dynamic_shifting=bool(config.get("use_dynamic_shifting")),
+        )
+        self.sigmas, self.steps = scheduler.sigmas, scheduler.timesteps
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        return torch.cat([torch.randn(1, generator=g) for g in generators]).sigmoid()
+        times = torch.cat([torch.randn(1, generator=g) for g in generators]).sigmoid()
+        return (times * len(self.sigmas)).long()
 
     def noised(self, x: Tensor, n: Tensor, levels_M: Tensor) -> Tensor:
-        u = levels_M.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return (1 - u) * x + u * n
+        sigmas = self.sigmas.to(x)[levels_M].view(-1, *[1] * (x.ndim - 1))
+        return (1 - sigmas) * x + sigmas * n
 
     def target(self, x: Tensor, n: Tensor, levels_M: Tensor) -> Tensor:
         return n - x
 
     def timesteps(self, levels_M: Tensor) -> Tensor:
-        return levels_M * self.steps
+        return self.steps.to(levels_M.device)[levels_M]
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
