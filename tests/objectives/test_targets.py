@@ -30,7 +30,7 @@ from mmfusion.types import (
     SampleRef,
     Text,
 )
-from tests.models.generators.test_stable_diffusion import picture
+from tests.models.generators.families import picture
 from tests.models.generators.tiny import save_stable_diffusion
 from tests.models.tiny import save_llm
 

@@ -1,0 +1,140 @@
+"""Stable Diffusion XL (arXiv:2307.01952): two CLIP text encoders side by side, and the pooled
+vector of the second beside the size of the picture.
+
+The conditioning is that of diffusers' ``StableDiffusionXLPipeline.encode_prompt``, the loss that of
+its ``examples/text_to_image/train_text_to_image_sdxl.py``, for pictures that are neither scaled up
+nor cut off centre: original and target size are ``size``, the corner of the crop is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
+from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.models.generators.pictures import (
+    SquareProcessor,
+    as_png,
+    checked_size,
+    picture_moments,
+)
+from mmfusion.processing.base import MediaProcessor
+from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
+
+TIME_IDS = 6
+"""Numbers that tell of the picture's size."""
+
+
+class StableDiffusionXL(DiffusersPipeline):
+    """A frozen text-to-image model with two CLIP text encoders.
+
+    Args:
+        path: folder of a diffusers pipeline (``model_index.json``), or a hub id.
+        size: side of the squares it is trained on (0: the U-Net's own).
+        dtype: of the weights.
+        revision: commit, tag or branch of a hub id.
+    """
+
+    modality = "image"
+    components = {
+        "text_encoder": Component(TEXT_ENCODER, "text_encoder", CLIPTextModel),
+        "text_encoder_2": Component(TEXT_ENCODER, "text_encoder_2", CLIPTextModelWithProjection),
+        "vae": Component(VAE, "vae", AutoencoderKL),
+        "denoiser": Component(DENOISER, "unet", UNet2DConditionModel),
+    }
+    text_encoder_2: Any
+
+    def __init__(
+        self,
+        path: str,
+        size: int = 0,
+        dtype: DType = "float32",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(path, dtype, revision)
+        unet, vae = self.configs["denoiser"], self.configs["vae"]
+        sizes = TIME_IDS * int(unet["addition_time_embed_dim"] or 0)
+        self.check_width(unet["cross_attention_dim"], self.spec.dim)
+        self.check_width(
+            unet["projection_class_embeddings_input_dim"] - sizes, self.spec.pooled_dim, "pooled"
+        )
+        self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
+        if self.dtype == torch.float16 and vae.get("force_upcast", True):
+            raise ValueError(
+                f"dtype is float16, in which the VAE of {path} overflows (force_upcast in its "
+                "config.json); use bfloat16 or float32."
+            )
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.size = checked_size(size or int(unet["sample_size"]) * factor, factor)
+
+    @property
+    def spec(self) -> ConditioningSpec:
+        first, second = self.configs["text_encoder"], self.configs["text_encoder_2"]
+        return ConditioningSpec(
+            tokens=int(first["max_position_embeddings"]),
+            dim=int(first["hidden_size"]) + int(second["hidden_size"]),
+            pooled_dim=int(second["projection_dim"]),
+        )
+
+    def target_processor(self) -> MediaProcessor:
+        return SquareProcessor(self.size)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """For "" zeros, where the pipeline was trained so (``force_zeros_for_empty_prompt``)."""
+        found = []
+        for encoder, folder in (
+            (self.text_encoder, "tokenizer"),
+            (self.text_encoder_2, "tokenizer_2"),
+        ):
+            ids, _ = self.tokenize(captions, self.spec.tokens, folder)
+            found.append(encoder(ids, output_hidden_states=True))
+        tokens = torch.cat([each.hidden_states[-2] for each in found], -1)
+        pooled = found[-1].text_embeds
+        if self.index.get("force_zeros_for_empty_prompt", True):
+            empty = [m for m, caption in enumerate(captions) if not caption]
+            tokens[empty], pooled[empty] = 0.0, 0.0
+        return Conditioning(tokens, pooled)
+
+    @torch.no_grad()
+    def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
+        return picture_moments(self.vae, tensors["pixels"])
+
+    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.pooled is not None
+        sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size])
+        return self.denoiser(
+            noisy.to(self.dtype),
+            timesteps_M,
+            conditioning.tokens.to(self.dtype),
+            encoder_attention_mask=conditioning.mask,
+            added_cond_kwargs={
+                "text_embeds": conditioning.pooled.to(self.dtype),
+                "time_ids": sizes.to(noisy.device, self.dtype).expand(len(noisy), -1),
+            },
+        ).sample
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
+    ) -> list[Media]:
+        ours, none = self.paired(conditioning, empty)
+        pipeline = self.pipeline(
+            StableDiffusionXLPipeline, tokenizer=None, tokenizer_2=None, add_watermarker=False
+        )
+        pictures = pipeline(
+            prompt_embeds=ours.tokens,
+            pooled_prompt_embeds=ours.pooled,
+            negative_prompt_embeds=none.tokens,
+            negative_pooled_prompt_embeds=none.pooled,
+            height=self.size,
+            width=self.size,
+            **self.options(sampling, len(ours.tokens)),
+        ).images
+        return [as_png(picture) for picture in pictures]

@@ -1,0 +1,130 @@
+"""Wan 2.1 (arXiv:2503.20314): a transformer over the latents of a whole clip, trained by flow
+matching, which attends to the tokens of UMT5.
+
+The conditioning is that of diffusers' ``WanPipeline.encode_prompt``: what lies beyond the caption
+is zero, and attended to. Latents are normalised by the VAE's mean and deviation of each channel, as
+the pipeline undoes it. diffusers has no training script for Wan; the loss is flow matching with
+logit-normal times, shifted as the scheduler says.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
+from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
+from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.processing.base import MediaProcessor
+from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
+
+SIDES = 16
+"""Height and width are multiples of it."""
+
+
+class Wan(DiffusersPipeline):
+    """A frozen text-to-video model with UMT5.
+
+    Args:
+        path: folder of a diffusers pipeline (``model_index.json``), or a hub id.
+        height: of the frames it is trained on and makes, in pixels.
+        width: likewise.
+        num_frames: of a clip; one more than a multiple of the VAE's factor (4).
+        fps: frames a second of targets and of what is made.
+        tokens: of the conditioning.
+        dtype: of the weights.
+        revision: commit, tag or branch of a hub id.
+    """
+
+    modality = "video"
+    components = {
+        "text_encoder": Component(TEXT_ENCODER, "text_encoder", UMT5EncoderModel),
+        "vae": Component(VAE, "vae", AutoencoderKLWan),
+        "denoiser": Component(DENOISER, "transformer", WanTransformer3DModel),
+    }
+
+    def __init__(
+        self,
+        path: str,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        fps: float = 16.0,
+        tokens: int = 512,
+        dtype: DType = "float32",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(path, dtype, revision)
+        self.tokens = tokens
+        transformer, vae = self.configs["denoiser"], self.configs["vae"]
+        if self.index.get("boundary_ratio") is not None or self.index.get("expand_timesteps"):
+            raise ValueError(
+                f"{path} is Wan 2.2, with two transformers or a time for each token "
+                "(boundary_ratio, expand_timesteps); expected Wan 2.1."
+            )
+        self.check_width(transformer["text_dim"], self.spec.dim)
+        self.check_width(transformer["in_channels"], vae["z_dim"], "latents")
+        self.height, self.width = checked_sides(height, width, SIDES)
+        factor = int(vae.get("scale_factor_temporal", 4))
+        if num_frames < 1 or (num_frames - 1) % factor:
+            raise ValueError(
+                f"num_frames is {num_frames}; expected one more than a multiple of {factor}."
+            )
+        self.num_frames, self.fps = num_frames, fps
+
+    @property
+    def spec(self) -> ConditioningSpec:
+        return ConditioningSpec(self.tokens, int(self.configs["text_encoder"]["d_model"]))
+
+    def target_processor(self) -> MediaProcessor:
+        return ClipProcessor(self.height, self.width, self.num_frames, self.fps)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        plain = [" ".join(html.unescape(html.unescape(text)).split()) for text in captions]
+        ids, mask = self.tokenize(plain, self.tokens)
+        tokens = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        return Conditioning(tokens * mask.to(tokens)[..., None])
+
+    @torch.no_grad()
+    def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
+        """(M, C, t, h, w) each; the VAE joins frames."""
+        pixels = tensors["pixels"].transpose(1, 2).to(self.dtype) / 127.5 - 1
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        mean, std = (
+            latents.new_tensor(self.configs["vae"][name]).view(-1, 1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        return (latents - mean) / std
+
+    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser(
+            hidden_states=noisy.to(self.dtype),
+            timestep=timesteps_M,
+            encoder_hidden_states=conditioning.tokens.to(self.dtype),
+        ).sample
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
+    ) -> list[Media]:
+        """As :meth:`Generator.sample`, but guidance is a second pass of each step."""
+        ours, none = self.paired(conditioning, empty)
+        clips = self.pipeline(WanPipeline, tokenizer=None)(
+            prompt_embeds=ours.tokens,
+            negative_prompt_embeds=none.tokens,
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            output_type="pt",
+            **self.options(sampling, len(ours.tokens)),
+        ).frames
+        return [as_mp4(clip, self.fps) for clip in clips]

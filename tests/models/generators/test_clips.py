@@ -1,0 +1,67 @@
+"""Clips on their way in and out of a generator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
+from mmfusion.processing.videos import decode_video, video_info
+from mmfusion.types import DataError, Media
+from tests.models.generators.families import clip
+
+
+def greys(pixels_T3HW: Tensor) -> list[int]:
+    """Which of ``clip``'s frames are shown."""
+    return [round((float(frame.float().mean()) - 22) / 25) for frame in pixels_T3HW]
+
+
+@pytest.mark.parametrize(
+    ("fps", "span", "expected"),
+    [
+        (8.0, (None, None), [0, 1, 2, 3]),
+        (4.0, (None, None), [0, 2, 4, 6]),
+        (8.0, (0.25, None), [2, 3, 4, 5]),
+        (8.0, (0.75, None), [6, 7, 7, 7]),
+        (8.0, (0.0, 0.25), [0, 1, 1, 1]),
+        (16.0, (None, None), [0, 0, 1, 1]),
+    ],
+)
+def test_frames_are_taken_at_the_rate_and_the_last_one_stays(
+    fps: float, span: tuple[float | None, float | None], expected: list[int]
+) -> None:
+    media = replace(clip(), start=span[0], end=span[1])
+    pixels = ClipProcessor(16, 32, 4, fps)(media)["pixels"]
+    assert pixels.shape == (4, 3, 16, 32)
+    assert greys(pixels) == expected
+
+
+def test_frames_cover_the_size_and_are_cut_to_their_middle() -> None:
+    rows = np.linspace(0, 250, 64).astype(np.uint8)
+    frame = torch.from_numpy(np.broadcast_to(rows[None, :, None], (3, 64, 32)).copy())
+    media = as_mp4(frame[None].expand(4, -1, -1, -1) / 255, 8)
+    (found,) = ClipProcessor(32, 32, 1, 8.0)(media)["pixels"]
+    expected = frame[:, 16:48].float()
+    assert (found.float() - expected).abs().mean() < 4
+
+
+def test_clips_are_written_as_they_are() -> None:
+    frames = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 32, 48)
+    media = as_mp4(frames, 12.5)
+    assert (media.modality, media.format) == ("video", "mp4")
+    info = video_info(media.data)
+    assert (info.num_frames, info.fps, info.height, info.width) == (6, 12.5, 32, 48)
+    shown = decode_video(media.data, num_frames=6).float()
+    assert (shown - frames * 255).abs().max() < 6
+
+
+def test_corrupt_clips_and_odd_sides_are_refused() -> None:
+    broken = Media("video", clip().data[:300], "mp4")
+    with pytest.raises(DataError):
+        ClipProcessor(16, 16, 2, 8.0)(broken)
+    with pytest.raises(ValueError, match="height is 18, width 32; expected multiples of 16"):
+        checked_sides(18, 32, 16)

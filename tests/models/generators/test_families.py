@@ -1,0 +1,85 @@
+"""What single families refuse, and what is theirs alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generators.noise import FlowNoise, noise_schedule
+from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
+from mmfusion.models.generators.stable_diffusion_xl import StableDiffusionXL
+from mmfusion.models.generators.wan import Wan
+from mmfusion.types import Conditioning
+from tests.models.generators import tiny
+
+
+def test_sdxl_refuses_float16_where_its_vae_overflows(tmp_path: Path) -> None:
+    path = tiny.save_stable_diffusion_xl(tmp_path / "xl")
+    with pytest.raises(ValueError, match=r"float16, in which the VAE of .* overflows"):
+        StableDiffusionXL(path, dtype="float16")
+    config = Path(path) / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": False}))
+    assert StableDiffusionXL(path, dtype="float16").dtype == torch.float16
+
+
+@pytest.mark.parametrize("empty_is_zero", [True, False])
+def test_sdxl_encodes_no_words_as_it_was_trained(tmp_path: Path, empty_is_zero: bool) -> None:
+    path = tiny.save_stable_diffusion_xl(tmp_path / "xl")
+    index = Path(path) / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps({**values, "force_zeros_for_empty_prompt": empty_is_zero}))
+    generator = StableDiffusionXL(path)
+    generator.build({"text_encoder"})
+    found = generator.encode_text(["a", ""])
+    assert found.pooled is not None
+    for part in (found.tokens, found.pooled):
+        assert part[0].abs().sum() > 0
+        assert (part[1].abs().sum() == 0) == empty_is_zero
+
+
+def test_sd3_needs_as_many_tokens_as_its_text_encoding(tmp_path: Path) -> None:
+    generator = StableDiffusion3(tiny.save_stable_diffusion_3(tmp_path / "sd3"), t5_tokens=6)
+    generator.build(PARTS)
+    ours = Conditioning(torch.randn(1, 5, 32), torch.randn(1, 24))
+    with pytest.raises(ValueError, match='the encoding of "" has, 18; got 5'):
+        generator.sample(ours, generator.encode_text([""]), Sampling(steps=1))
+
+
+def test_wan_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    path = tiny.save_wan(tmp_path / "wan")
+    with pytest.raises(ValueError, match="num_frames is 6; expected one more than a multiple of 4"):
+        Wan(path, 16, 16, num_frames=6)
+    with pytest.raises(ValueError, match="expected multiples of 16"):
+        Wan(path, 16, 24)
+    index = Path(path) / "model_index.json"
+    values = json.loads(index.read_text())
+    for change in ({"boundary_ratio": 0.9}, {"expand_timesteps": True}):
+        index.write_text(json.dumps({**values, **change}))
+        with pytest.raises(ValueError, match=r"is Wan 2\.2"):
+            Wan(path, 16, 16, 5)
+
+
+def test_flow_times_lean_to_the_noise_by_the_shift_of_either_scheduler() -> None:
+    draws = [torch.Generator().manual_seed(seed) for seed in range(2000)]
+    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    shifted = {**plain, "shift": 3.0}
+    sampler = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    means = []
+    for config in (plain, shifted, sampler, {**shifted, "use_dynamic_shifting": True}):
+        schedule = noise_schedule(config)
+        assert isinstance(schedule, FlowNoise)
+        levels = schedule.draw([g.manual_seed(seed) for seed, g in enumerate(draws)])
+        x, n = torch.zeros(len(levels), 1), torch.ones(len(levels), 1)
+        times = schedule.noised(x, n, levels)[:, 0]
+        torch.testing.assert_close(schedule.timesteps(levels), times * 1000)
+        means.append(float(times.mean()))
+    assert means[0] == pytest.approx(0.5, abs=0.02)
+    assert means[1] == pytest.approx(0.71, abs=0.03)
+    assert means[2] == means[1]
+    assert means[3] == means[0]
+    with pytest.raises(ValueError, match="FlowNoise has no signal-to-noise weights"):
+        schedule.weights(levels, 5.0)
