@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -261,6 +262,13 @@ class Conditioning(_Tensors):
     tokens: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """(M, C) bool, the mask also where none is given."""
+        if self.mask is None:
+            return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+        return self.mask
 
 
 @dataclass(frozen=True)

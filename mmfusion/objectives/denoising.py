@@ -70,12 +70,14 @@ class Denoising(TargetObjective):
             torch.rand((), generator=g) for g in generators_of(target.keys.tolist(), ~self.seed)
         ]
         keep = (torch.stack(draws) >= self.drop_condition).to(found.tokens.device)
-        empty = generator.encode_empty()
+        ours, none = generator.paired(found, generator.encode_empty())
 
-        def mixed(ours: Tensor, none: Tensor) -> Tensor:
-            return torch.where(keep.view(-1, *[1] * (ours.ndim - 1)), ours, none.to(ours))
+        def mixed(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b.to(a))
 
-        pooled = None
-        if found.pooled is not None and empty.pooled is not None:
-            pooled = mixed(found.pooled, empty.pooled)
-        return Conditioning(mixed(found.tokens, empty.tokens), pooled, found.mask)
+        pooled = mask = None
+        if ours.pooled is not None and none.pooled is not None:
+            pooled = mixed(ours.pooled, none.pooled)
+        if ours.mask is not None or none.mask is not None:
+            mask = mixed(ours.valid, none.valid)
+        return Conditioning(mixed(ours.tokens, none.tokens), pooled, mask)

@@ -5,6 +5,7 @@ M targets, C tokens of the conditioning and D_g their width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,30 @@ class Generator(nn.Module, ABC):
     def encode_empty(self) -> Conditioning:
         """Text encoding of "", of one item. Needs the text encoder, unless it was stored."""
         return self.stored_empty or self.encode_text([""])
+
+    def paired(
+        self, conditioning: Conditioning, empty: Conditioning
+    ) -> tuple[Conditioning, Conditioning]:
+        """Our conditioning and, for each of its items, that of "", with as many tokens: guidance
+        runs both in one pass, and either may stand for the other in training.
+
+        Where the numbers differ each is repeated to their least common multiple. Cross-attention
+        has no order, and a softmax over k copies of a set is the one over the set; so this changes
+        nothing. A generator that attends in another way says so here.
+        """
+        count, ours = conditioning.tokens.shape[:2]
+        tokens = math.lcm(ours, empty.tokens.shape[1])
+
+        def repeated(given: Conditioning) -> Conditioning:
+            times = tokens // given.tokens.shape[1]
+            pooled, mask = given.pooled, given.mask
+            return Conditioning(
+                given.tokens.repeat(1, times, 1).expand(count, -1, -1),
+                None if pooled is None else pooled.expand(count, -1),
+                None if mask is None else mask.repeat(1, times).expand(count, -1),
+            )
+
+        return repeated(conditioning), repeated(empty)
 
     def denoising_loss(
         self,

@@ -12,7 +12,6 @@ M items, C tokens of the conditioning.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,26 +211,18 @@ class DiffusersPipeline(Generator):
     def paired(
         self, conditioning: Conditioning, empty: Conditioning
     ) -> tuple[Conditioning, Conditioning]:
-        """Our conditioning and, for each of its items, that of "", with the same number of tokens:
-        guidance runs both in one pass.
+        """As the base class, where the pipeline is and in its precision."""
 
-        Where the numbers differ each is repeated to their least common multiple. Cross-attention
-        has no order, and a softmax over k copies of a set is the one over the set; so this changes
-        nothing.
-        """
-        count, ours = conditioning.tokens.shape[:2]
-        tokens = math.lcm(ours, empty.tokens.shape[1])
-
-        def repeated(given: Conditioning) -> Conditioning:
-            times = tokens // given.tokens.shape[1]
+        def moved(given: Conditioning) -> Conditioning:
             pooled, mask = given.pooled, given.mask
             return Conditioning(
-                given.tokens.to(self.device, self.dtype).repeat(1, times, 1).expand(count, -1, -1),
-                None if pooled is None else pooled.to(self.device, self.dtype).expand(count, -1),
-                None if mask is None else mask.to(self.device).repeat(1, times).expand(count, -1),
+                given.tokens.to(self.device, self.dtype),
+                None if pooled is None else pooled.to(self.device, self.dtype),
+                None if mask is None else mask.to(self.device),
             )
 
-        return repeated(conditioning), repeated(empty)
+        ours, none = super().paired(conditioning, empty)
+        return moved(ours), moved(none)
 
 
 def pipeline_config(path: str, part: str, file: str, revision: str | None = None) -> dict[str, Any]:

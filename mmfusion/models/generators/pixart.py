@@ -117,22 +117,13 @@ class PixArt(DiffusersPipeline):
         pipeline = self.pipeline(self.kind, tokenizer=None)
         pictures = pipeline(
             prompt_embeds=ours.tokens,
-            prompt_attention_mask=_mask(ours),
+            prompt_attention_mask=ours.valid.long(),
             negative_prompt=None,
             negative_prompt_embeds=none.tokens,
-            negative_prompt_attention_mask=_mask(none),
+            negative_prompt_attention_mask=none.valid.long(),
             height=self.size,
             width=self.size,
             use_resolution_binning=False,
             **self.options(sampling, len(ours.tokens)),
         ).images
         return [as_png(picture) for picture in pictures]
-
-
-def _mask(conditioning: Conditioning) -> Tensor:
-    """(M, C) int64, 1 where valid."""
-    tokens = conditioning.tokens
-    given = conditioning.mask
-    return (
-        torch.ones(tokens.shape[:2], device=tokens.device).long() if given is None else given.long()
-    )

@@ -118,16 +118,21 @@ class StableDiffusion3(DiffusersPipeline):
             pooled_projections=conditioning.pooled.to(self.dtype),
         ).sample
 
+    def paired(
+        self, conditioning: Conditioning, empty: Conditioning
+    ) -> tuple[Conditioning, Conditioning]:
+        if conditioning.tokens.shape[1] != empty.tokens.shape[1]:
+            raise ValueError(
+                "Stable Diffusion 3 attends to text and picture at once, where repeated tokens "
+                f'weigh more: guidance needs as many as the encoding of "" has, '
+                f"{empty.tokens.shape[1]}; got {conditioning.tokens.shape[1]}. Use a QueryDecoder."
+            )
+        return super().paired(conditioning, empty)
+
     @torch.no_grad()
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:
-        if conditioning.tokens.shape[1] != empty.tokens.shape[1]:
-            raise ValueError(
-                "Stable Diffusion 3 attends to text and picture together, so guidance needs as "
-                f'many tokens as the encoding of "" has, {empty.tokens.shape[1]}; got '
-                f"{conditioning.tokens.shape[1]}. Use a QueryDecoder."
-            )
         ours, none = self.paired(conditioning, empty)
         pipeline = self.pipeline(
             StableDiffusion3Pipeline, tokenizer=None, tokenizer_2=None, tokenizer_3=None

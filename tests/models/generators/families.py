@@ -51,7 +51,7 @@ class Family:
     prediction: str | None = "epsilon"
     shift: float = 1.0
 
-    def make(self, path: str) -> Any:
+    def make(self, path: str, **options: Any) -> Any:
         """The generator, not built."""
         raise NotImplementedError
 
@@ -134,8 +134,8 @@ class StableDiffusionFamily(Pictures):
     def save(self, folder: Path) -> str:
         return tiny.save_stable_diffusion(folder, self.prediction or "")
 
-    def make(self, path: str) -> Any:
-        return StableDiffusion(path)
+    def make(self, path: str, **options: Any) -> Any:
+        return StableDiffusion(path, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -160,8 +160,8 @@ class StableDiffusionXLFamily(Pictures):
         ("vae", {"latent_channels": 8}, "latents of width 4, its VAE gives 8"),
     )
 
-    def make(self, path: str) -> Any:
-        return StableDiffusionXL(path)
+    def make(self, path: str, **options: Any) -> Any:
+        return StableDiffusionXL(path, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(path, add_watermarker=False)
@@ -191,8 +191,8 @@ class StableDiffusion3Family(Pictures):
     def save(self, folder: Path) -> str:
         return tiny.save_stable_diffusion_3(folder, self.t5)
 
-    def make(self, path: str) -> Any:
-        return StableDiffusion3(path, t5_tokens=6)
+    def make(self, path: str, **options: Any) -> Any:
+        return StableDiffusion3(path, t5_tokens=6, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         absent = {} if self.t5 else {"text_encoder_3": None, "tokenizer_3": None}
@@ -218,8 +218,8 @@ class PixArtFamily(Pictures):
     def save(self, folder: Path) -> str:
         return tiny.save_pixart(folder, self.kind, **self.transformer)
 
-    def make(self, path: str) -> Any:
-        return PixArt(path, size=16)
+    def make(self, path: str, **options: Any) -> Any:
+        return PixArt(path, size=16, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         tokens, mask, none, none_mask = self.kind.from_pretrained(path).encode_prompt(captions)
@@ -251,8 +251,8 @@ class TextToVideoSDFamily(Clips):
     made_shape = (3, 16, 16, 3)
     misfits = StableDiffusionFamily.misfits
 
-    def make(self, path: str) -> Any:
-        return TextToVideoSD(path, num_frames=3)
+    def make(self, path: str, **options: Any) -> Any:
+        return TextToVideoSD(path, num_frames=3, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         pipeline = diffusers.TextToVideoSDPipeline.from_pretrained(path)
@@ -280,8 +280,8 @@ class WanFamily(Clips):
         ("vae", {"z_dim": 8}, "latents of width 4, its VAE gives 8"),
     )
 
-    def make(self, path: str) -> Any:
-        return Wan(path, height=16, width=16, num_frames=5, tokens=7)
+    def make(self, path: str, **options: Any) -> Any:
+        return Wan(path, height=16, width=16, num_frames=5, tokens=7, **options)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         pipeline = diffusers.WanPipeline.from_pretrained(path)

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.noise import generators_of
+from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
+from mmfusion.objectives.denoising import Denoising
 from mmfusion.tuning import LoRA
-from mmfusion.types import Conditioning
+from mmfusion.types import Conditioning, TargetBatch
 from tests.models.generators.families import (
     Family,
     PixArtFamily,
@@ -220,6 +222,44 @@ def test_what_is_needed_before_building(case: Case) -> None:
     assert {k: (v.shape, v.dtype) for k, v in target.items()} == {
         k: (v.shape, v.dtype) for k, v in idle.items()
     }
+
+
+def test_half_precision_gives_nearly_the_same(case: Case) -> None:
+    half = case.family.make(case.path, dtype="bfloat16")
+    half.build(PARTS)
+    half.requires_grad_(False).eval()
+    text, empty = half.encode_text(["a", "b c"]), half.encode_text([""])
+    assert text.tokens.dtype == torch.bfloat16
+    given = case.conditioning()
+    latents = half.encode_media(case.targets(), generators_of(KEYS, 1))
+    found = half.denoising_loss(latents, given, KEYS)
+    assert found.dtype == torch.float32
+    expected = case.generator.denoising_loss(case.latents(), given, KEYS)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+    made = half.sample(given, empty, Sampling(steps=2, guidance_scale=4.0))
+    assert tuple(case.family.decoded(made[0]).shape) == case.family.made_shape
+
+
+def test_sizes_can_be_had_without_values(case: Case) -> None:
+    fresh = case.family.make(case.path)
+    with torch.device("meta"):
+        fresh.build(PARTS, pretrained=False)
+    ours, theirs = dict(fresh.named_parameters()), dict(case.generator.named_parameters())
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(parameter.is_meta for parameter in ours.values())
+
+
+def test_dropped_conditioning_is_as_good_as_the_encoding_of_no_words(case: Case) -> None:
+    """Also where ours has fewer tokens than it, or it has a mask."""
+    generator, given, latents = case.generator, case.conditioning(), case.latents()
+    if not isinstance(generator, StableDiffusion3):
+        given.tokens = given.tokens[:, :5]
+    empty = generator.encode_text(["", ""])
+    target = TargetBatch({}, torch.zeros(2, 3), torch.arange(2), torch.tensor([0, 3]), ["", ""])
+    objective = Denoising(generator.modality, drop_condition=0.5)
+    found = generator.denoising_loss(latents, objective._dropped(given, generator, target), KEYS)
+    ours, none = (generator.denoising_loss(latents, one, KEYS) for one in (given, empty))
+    torch.testing.assert_close(found, torch.stack([ours[0], none[1]]), rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_parts_that_are_needed_are_loaded(case: Case) -> None:
