@@ -24,7 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generation import find_runs, generate, make_media
+from mmfusion.models.generation import find_runs, generate, make_media, split_speech
 from mmfusion.models.generators.base import Sampling
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
@@ -81,8 +81,9 @@ class Answer(str):
 
     @property
     def media(self) -> list[Media]:
-        """Media that were made."""
-        return [part for part in self.parts if isinstance(part, Media)]
+        """Media that were made, and what was said."""
+        found = [part if isinstance(part, Media) else part.sound for part in self.parts]
+        return [media for media in found if media is not None]
 
 
 class Chat:
@@ -90,11 +91,15 @@ class Chat:
 
     Args:
         model: built and loaded; put into eval mode.
+
+    Attributes:
+        speaker: says answers aloud; the recipe's, or any other.
     """
 
     def __init__(self, model: AnyToAnyModel) -> None:
         self.model = model.eval()
         self.processor = model.processor()
+        self.speaker = model.speaker
 
     @property
     def modalities(self) -> list[str]:
@@ -109,7 +114,7 @@ class Chat:
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[True], **options: Any
-    ) -> Generator[str | Media, None, None]: ...
+    ) -> Generator[str | Media, None, Answer]: ...
     @overload
     def generate(
         self, messages: Conversation, *, stream: Literal[False] = False, **options: Any
@@ -133,8 +138,9 @@ class Chat:
         do_sample: bool = False,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        speak: bool = False,
         **options: Any,
-    ) -> Answer | list[Answer] | Generator[str | Media, None, None]:
+    ) -> Answer | list[Answer] | Generator[str | Media, None, Answer]:
         """Answer one conversation or a batch of them.
 
         Args:
@@ -150,22 +156,30 @@ class Chat:
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             sampling: how media are drawn: steps, guidance scale, seed.
+            speak: say all the text of the answer aloud, not just what the model wants said.
             options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
                 ``top_k``, ``repetition_penalty``, ``num_beams``, ...
 
         Returns:
             The answer, a list of them for a batch, or an iterator over pieces of it: first the text
-            as it comes, then the media. An answer is a text, with its ``parts`` in order.
+            as it comes, then the media; the iterator's return value is the whole answer. An answer
+            is a text, with its ``parts`` in order.
 
         Raises:
             FileNotFoundError: a media path that is not there.
-            ValueError: media the model has no encoder for, messages of another shape.
+            ValueError: media the model has no encoder for, messages of another shape, ``speak``
+                without a speaker.
             mmfusion.types.DataError: media that do not decode, more tokens than the LLM has
                 positions.
         """
         batch = _is_batch(messages)
         if batch and stream:
             raise ValueError("stream=True answers one conversation; got a batch of them.")
+        if speak and self.speaker is None:
+            raise ValueError(
+                "there is no voice to speak with; give the recipe a `model.speaker`, set `speaker` "
+                "of this object, or start mmfusion chat with --speaker."
+            )
         conversations = cast("Sequence[Conversation]", messages if batch else [messages])
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self._batch(encoded)
@@ -176,16 +190,18 @@ class Chat:
         options["stopping_criteria"] = criteria
         sampling = sampling or Sampling()
         if stream:
-            return self._stream(prompts, seed, sampling, options)
+            return self._stream(prompts, seed, sampling, speak, options)
         with _seeded(seed):
             ids = generate(self.model, prompts, **options)
-        answers = self._answers(prompts, ids, sampling, stop)
+        answers = self._answers(prompts, ids, sampling, speak, stop)
         return answers if batch else answers[0]
 
     def _answers(
-        self, prompts: Batch, ids: Tensor, sampling: Sampling, stop: str | None
+        self, prompts: Batch, ids: Tensor, sampling: Sampling, speak: bool, stop: str | None
     ) -> list[Answer]:
-        """Text between the runs of signal tokens, and what the generators make of those."""
+        """Text between the runs of signal tokens, what the generators make of those, and what is
+        said.
+        """
         runs = find_runs(ids, self.processor.signal_ids)
         media = iter(make_media(self.model, prompts, ids, runs, sampling))
         parts: list[list[Text | Media]] = [[] for _ in ids]
@@ -195,16 +211,31 @@ class Chat:
                 parts[row] += [*self._text(new[begin : run.start], stop), next(media)]
                 begin = run.end
             parts[row] += self._text(new[begin:], stop)
-        return [Answer(found) for found in parts]
+        seed = sampling.seed if isinstance(sampling.seed, int) else sampling.seed[0]
+        return [Answer([self._said(part, speak, seed) for part in found]) for found in parts]
 
     def _text(self, ids: Tensor, stop: str | None) -> list[Text]:
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        text = (text.partition(stop)[0] if stop else text).strip()
-        return [Text(text)] if text else []
+        found = []
+        for piece, spoken in split_speech(ids, self.processor.speech_ids):
+            text = self.processor.tokenizer.decode(piece, skip_special_tokens=True)
+            text = (text.partition(stop)[0] if stop else text).strip()
+            found += [Text(text, spoken)] if text else []
+        return found
+
+    def _said(self, part: Text | Media, speak: bool, seed: int) -> Text | Media:
+        """With its sound, where it is to be said."""
+        if isinstance(part, Media) or self.speaker is None or not (part.spoken or speak):
+            return part
+        return replace(part, sound=self.speaker.say(part.text, seed))
 
     def _stream(
-        self, prompts: Batch, seed: int | None, sampling: Sampling, options: dict[str, Any]
-    ) -> Generator[str | Media, None, None]:
+        self,
+        prompts: Batch,
+        seed: int | None,
+        sampling: Sampling,
+        speak: bool,
+        options: dict[str, Any],
+    ) -> Generator[str | Media, None, Answer]:
         """Pieces of the answer; leaving the iterator early stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         stop = _Stop()
@@ -229,7 +260,9 @@ class Chat:
             thread.join()
         if errors:
             raise errors[0]
-        yield from self._answers(prompts, found[0], sampling, None)[0].media
+        (answer,) = self._answers(prompts, found[0], sampling, speak, None)
+        yield from answer.media
+        return answer
 
     @torch.no_grad()
     def score(

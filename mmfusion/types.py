@@ -40,9 +40,18 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text inside a message."""
+    """A piece of text inside a message.
+
+    Attributes:
+        text: the words.
+        spoken: in an assistant turn, words to be said aloud: they stand between the signal tokens
+            of speech.
+        sound: of an answer, what a speaker made of the words.
+    """
 
     text: str
+    spoken: bool = False
+    sound: Media | None = None
 
 
 @dataclass(frozen=True)

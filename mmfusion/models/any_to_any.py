@@ -4,7 +4,7 @@ text's, run the LLM, project its hidden states at signal tokens to what the gene
     image ─► encoder ─► input projector ─┐       ┌─► output projector ─► conditioning of a generator
     video ─► encoder ─► input projector ─┼─► LLM ┼─► output projector ─► conditioning of a generator
     audio ─► encoder ─► input projector ─┤       ├─► output projector ─► conditioning of a generator
-    text ────────────────────────────────┘       └─► text
+    text ────────────────────────────────┘       └─► text ─► speaker
 
 Legend: B rows, T tokens of a row, D hidden, N items of a modality, F features, P tokens of an item;
 M targets of a modality, S signal tokens of a target, C tokens of its conditioning.
@@ -26,7 +26,9 @@ from mmfusion.models.generators.base import Generator
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
+from mmfusion.models.speakers.base import Speaker
 from mmfusion.processing.processor import Processor
+from mmfusion.processing.special_tokens import SPEECH
 from mmfusion.processing.special_tokens import signal_tokens as signals_of
 from mmfusion.types import (
     Batch,
@@ -54,6 +56,8 @@ class AnyToAnyModel(nn.Module):
         generators: one for each of them.
         needs: for each of them, the parts of its generator that are loaded.
         captioned: those whose targets need a caption.
+        speaker: says aloud what the LLM puts between the signal tokens of speech, which are added
+            to its vocabulary.
 
     Attributes:
         needs: parts that are loaded of each generator.
@@ -69,6 +73,7 @@ class AnyToAnyModel(nn.Module):
         generators: Mapping[str, Generator] | None = None,
         needs: Mapping[str, Collection[str]] | None = None,
         captioned: Collection[str] = (),
+        speaker: Speaker | None = None,
     ) -> None:
         super().__init__()
         if set(encoders) != set(input_projectors):
@@ -92,6 +97,9 @@ class AnyToAnyModel(nn.Module):
             if count < 1:
                 raise ValueError(f"signal_tokens.{modality} is {count}; expected 1 or more.")
             llm.add_tokens(signals_of(modality, count))
+        self.speaker = speaker
+        if speaker is not None:
+            llm.add_tokens(list(SPEECH))
         self._factories = dict(input_projectors)
         self._output_factories = dict(output_projectors or {})
         given = needs or {}
@@ -154,6 +162,7 @@ class AnyToAnyModel(nn.Module):
                 targets={m: self.generator(m).target_processor() for m in self.generators},
                 signal_tokens=self.signal_tokens,
                 captioned=self._captioned,
+                speaks=self.speaker is not None,
             )
         return self._processor
 

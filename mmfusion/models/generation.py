@@ -111,6 +111,20 @@ def find_runs(ids: Tensor, signal_ids: Mapping[str, Sequence[int]]) -> list[Run]
     return found
 
 
+def split_speech(ids: Tensor, speech_ids: tuple[int, int] | None) -> list[tuple[Tensor, bool]]:
+    """(N,) new ids in pieces, with whether they are to be said aloud: those after the first signal
+    token of speech, up to the second or the end.
+    """
+    if speech_ids is None:
+        return [(ids, False)]
+    pieces, begin, spoken = [], 0, False
+    for place, index in enumerate([*ids.tolist(), None]):
+        if index in speech_ids or index is None:
+            pieces.append((ids[begin:place], spoken))
+            begin, spoken = place + 1, index == speech_ids[0]
+    return [(piece, aloud) for piece, aloud in pieces if len(piece)]
+
+
 @torch.no_grad()
 def conditioning_of(
     model: AnyToAnyModel, prompts: Batch, ids: Tensor, runs: Sequence[Run]

@@ -41,6 +41,7 @@ class ChatRenderer:
         tokenizer: a fast Hugging Face tokenizer that already holds the placeholder tokens.
         modalities: modalities that have a placeholder token.
         signals: for each modality that an answer may hold, its signal tokens.
+        speech: signal tokens around words that an answer says aloud; None: it says none.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ChatRenderer:
         tokenizer: Any,
         modalities: Sequence[str],
         signals: Mapping[str, Sequence[str]] | None = None,
+        speech: tuple[str, str] | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -63,9 +65,11 @@ class ChatRenderer:
                 *starts,
                 *map(placeholder, modalities),
                 *itertools.chain(*(signals or {}).values()),
+                *(speech or ()),
             ],
         )
         self._signals = {name: "".join(tokens) for name, tokens in (signals or {}).items()}
+        self._speech = speech
         self._end_token_here = re.compile(rf"[ \t]*(?:{self._end_tokens.pattern})")
         self._closed = re.compile(rf"(?:{self._end_tokens.pattern})\s*$")
 
@@ -100,17 +104,20 @@ class ChatRenderer:
 
     def _content(self, message: Message) -> str:
         """The message as one string. Neighbouring texts are joined before they are checked."""
-        pieces = [
-            self._shown(part, message.role) if isinstance(part, Media) else part.text
-            for part in message.content
-        ]
-        is_media = [isinstance(part, Media) for part in message.content]
-        text = ""
-        for piece, media in [*zip(pieces, is_media, strict=True), ("", True)]:
-            if media:
-                check_plain_text(text, self.special)
-            text = "" if media else text + piece
-        return "".join(pieces)
+        whole, plain = "", [""]
+        for part in message.content:
+            if isinstance(part, Media):
+                whole += self._shown(part, message.role)
+                plain.append("")
+            elif part.spoken and message.role == "assistant" and self._speech:
+                whole += part.text.join(self._speech)
+                plain += [part.text, ""]
+            else:
+                whole += part.text
+                plain[-1] += part.text
+        for text in plain:
+            check_plain_text(text, self.special)
+        return whole
 
     def _shown(self, media: Media, role: str) -> str:
         """What stands for it: placeholder where it is input, signal tokens where it is answered."""

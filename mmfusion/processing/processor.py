@@ -22,7 +22,7 @@ from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.chat import ChatRenderer
 from mmfusion.processing.images import jpeg_decoder
 from mmfusion.processing.limits import LimitCheck, Limits
-from mmfusion.processing.special_tokens import add_placeholders
+from mmfusion.processing.special_tokens import SPEECH, add_placeholders
 from mmfusion.processing.special_tokens import signal_tokens as signals_of
 from mmfusion.types import (
     DataError,
@@ -52,6 +52,7 @@ class Processor:
         signal_tokens: for each of them, how many signal tokens stand for an item; they are in the
             tokenizer already.
         captioned: modalities whose targets need a caption.
+        speaks: the signal tokens of speech are in the tokenizer.
 
     Attributes:
         tokenizer: the copy, with ``<image>``, ``<video>`` and ``<audio>`` as special tokens.
@@ -59,6 +60,7 @@ class Processor:
         placeholder_ids: id of each modality's placeholder token.
         targets, signal_tokens: as given.
         signal_ids: ids of the signal tokens of each modality.
+        speech_ids: those before and after words said aloud; None where it does not speak.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Processor:
         targets: Mapping[str, MediaProcessor] | None = None,
         signal_tokens: Mapping[str, int] | None = None,
         captioned: Collection[str] = (),
+        speaks: bool = False,
     ) -> None:
         if set(media) != set(num_tokens):
             raise ValueError(
@@ -85,8 +88,14 @@ class Processor:
         self.signal_ids: dict[str, list[int]] = {
             name: self.tokenizer.convert_tokens_to_ids(tokens) for name, tokens in signals.items()
         }
+        self.speech_ids: tuple[int, int] | None = None
+        if speaks:
+            before, after = self.tokenizer.convert_tokens_to_ids(list(SPEECH))
+            self.speech_ids = before, after
         self._captioned = frozenset(captioned)
-        self._renderer = ChatRenderer(self.tokenizer, list(self.media), signals)
+        self._renderer = ChatRenderer(
+            self.tokenizer, list(self.media), signals, SPEECH if speaks else None
+        )
         free = self.placeholder_ids.values()
         self._check = LimitCheck(limits or Limits(), self.tokenizer, free)
 
@@ -202,12 +211,24 @@ class Processor:
         if self.targets:
             parts["targets"] = {name: _describe(target) for name, target in self.targets.items()}
             parts["signals"] = self.signal_ids
+        if self.speech_ids:
+            parts["speech"] = self.speech_ids
         if (decoder := jpeg_decoder()) != "simplejpeg":
             parts["jpeg"] = decoder
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _check_modalities(self, sample: Sample) -> None:
+        if not self.speech_ids and any(
+            isinstance(part, Text) and part.spoken
+            for message in sample.messages
+            if message.role == "assistant"
+            for part in message.content
+        ):
+            raise ValueError(
+                "answers hold words to be said aloud, but the model has no voice; add "
+                "`model.speaker`, or leave the source out."
+            )
         if missing := {item.modality for item in sample.targets} - set(self.targets):
             raise ValueError(
                 f"answers hold {sorted(missing)}, but the model has generators for "

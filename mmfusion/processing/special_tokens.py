@@ -1,5 +1,6 @@
 """Placeholder tokens: one token a modality, repeated once for each feature slot of a media item;
-and signal tokens: several a modality, which the LLM gives where it answers with media.
+and signal tokens: several a modality, which the LLM gives where it answers with media, and two
+around the words that it says aloud.
 
 Placeholders' embedding rows are never read: the projected media overwrite them
 (``models/fusion.py``). So they need no trained row and may lie beyond the LLM's embedding table.
@@ -14,6 +15,8 @@ from typing import Any
 from mmfusion.types import DataError
 
 MODALITIES = ("image", "video", "audio")
+SPEECH = ("<speech>", "</speech>")
+"""Signal tokens of speech, before and after the words."""
 
 
 def placeholder(modality: str) -> str:

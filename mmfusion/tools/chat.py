@@ -7,13 +7,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmfusion.data.converters.members import MODALITY_OF
-from mmfusion.inference import Chat, load, read_media
+from mmfusion.inference import Answer, Chat, load, read_media
 from mmfusion.models.generators.base import Sampling
+from mmfusion.models.speakers.base import Speaker
 from mmfusion.types import DataError, Media, Message, Text
 
 QUIT = ("/quit", "/exit")
@@ -35,6 +36,8 @@ def chat(
     media_dir: str = "answers",
     guidance_scale: PositiveFloat = 7.5,
     media_steps: PositiveInt = 50,
+    speaker: Speaker | None = None,
+    speak: bool = False,
 ) -> None:
     """Talk to a run. Type a message; /image PATH, /audio PATH and /video PATH add media to it.
 
@@ -56,6 +59,9 @@ def chat(
         media_dir: folder that pictures, sounds and videos of answers are saved to.
         guidance_scale: how strongly they follow the conversation; 1 is no guidance.
         media_steps: steps of their sampler.
+        speaker: voice that says all text of the answers aloud (a sound each, in media_dir), e.g.
+            mmfusion.models.speakers.piper.Piper with --speaker.path VOICE.onnx.
+        speak: say all text, with the voice of the run's recipe.
     """
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -66,10 +72,13 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "sampling": Sampling(media_steps, guidance_scale, seed or 0),
+        "speak": speak or speaker is not None,
     }
     if plain:
         options |= {"plain": True, "stop": "\n"}
-    session = Session(load(run_dir, step, device), options, system, Path(media_dir))
+    loaded = load(run_dir, step, device)
+    loaded.speaker = speaker or loaded.speaker
+    session = Session(loaded, options, system, Path(media_dir))
     print(f"{run_dir} is ready. {session.help()}", flush=True)
     for line in lines():
         if line in QUIT:
@@ -157,15 +166,14 @@ class Session:
         self.pending = []
         before = [] if self._options.get("plain") else self.history
         try:
-            answer, made = self._stream([*before, turn])
+            answer = self._stream([*before, turn])
         except (ValueError, OSError, RuntimeError) as error:
             again = " Attach its media again." if media else ""
             raise ValueError(f"{error}{again}") from error
         print(flush=True)
-        for item in made:
+        for item in answer.media:
             print(f"({item.modality} {self._save(item)})", flush=True)
-        words = [Text(answer.strip())] if answer.strip() or not made else []
-        self.history += [turn, Message("assistant", (*words, *made))]
+        self.history += [turn, Message("assistant", answer.parts or (Text(""),))]
 
     def _save(self, media: Media) -> Path:
         """Under a number of its own."""
@@ -180,18 +188,19 @@ class Session:
                 continue
         raise AssertionError("numbers do not end")
 
-    def _stream(self, messages: list[Message]) -> tuple[str, list[Media]]:
+    def _stream(self, messages: list[Message]) -> Answer:
         """Show the answer as it comes; Ctrl-C ends it where it is."""
-        answer, made = "", []
+        shown = ""
         stream = self._chat.generate(messages, stream=True, **self._options)
         try:
-            for piece in stream:
-                if isinstance(piece, Media):
-                    made.append(piece)
-                    continue
-                answer += piece
-                print(piece, end="", flush=True)
+            while True:
+                piece = next(stream)
+                if isinstance(piece, str):
+                    shown += piece
+                    print(piece, end="", flush=True)
+        except StopIteration as end:
+            return cast(Answer, end.value)
         except KeyboardInterrupt:
             stream.close()
             print(" (stopped)", end="")
-        return answer, made
+            return Answer([Text(shown.strip())])

@@ -28,6 +28,7 @@ from mmfusion.models.generators.base import Generator
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
+from mmfusion.models.speakers.base import Speaker
 from mmfusion.objectives.base import Loss, Objective, TargetObjective
 from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.schedules import WarmupCosine
@@ -64,6 +65,8 @@ class MultimodalModule(L.LightningModule):
             item.
         output_projectors: output projector of each of them; the widths are filled in.
         generators: modality generator of each of them.
+        speaker: says aloud the words of answers that are to be spoken; a recipe that trains when
+            to speak needs it for the signal tokens, but never loads its weights.
         optimizer: made with the parameter groups of the tuning policies.
         schedule: learning rate by optimizer step.
         init_from: an earlier run (or one of its checkpoints) whose trained weights this one starts
@@ -85,6 +88,7 @@ class MultimodalModule(L.LightningModule):
         output_projectors: dict[str, Callable[[int, ConditioningSpec], OutputProjector]]
         | None = None,
         generators: dict[str, Generator] | None = None,
+        speaker: Speaker | None = None,
         optimizer: OptimizerCallable = adamw,
         schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
         init_from: str | None = None,
@@ -112,6 +116,7 @@ class MultimodalModule(L.LightningModule):
             generators,
             needs={m: frozenset().union(*(aim.needs for aim in found)) for m, found in of.items()},
             captioned=[m for m, found in of.items() if any(aim.captions for aim in found)],
+            speaker=speaker,
         )
         self.objectives = nn.ModuleDict(objectives)
         # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)

@@ -86,10 +86,18 @@ class Caption(Converter):
                 "media_count",
                 f"the record has the members {sorted(record)}; expected one of {list(self.media)}.",
             )
+        return items, self.words(record)
+
+    def words(self, record: Mapping[str, bytes]) -> str:
+        """The caption alone.
+
+        Raises:
+            DataError: as :meth:`__call__`, but for ``media_count``.
+        """
         caption = self._caption(record).strip()
         if not caption:
             raise DataError("empty_text", f"the caption in {self.text!r} is empty.")
-        return items, caption
+        return caption
 
     def _caption(self, record: Mapping[str, bytes]) -> str:
         member, _, name = self.text.partition(":")

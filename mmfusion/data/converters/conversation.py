@@ -5,6 +5,8 @@ r"""Conversations with media anywhere, in the three usual ways of writing them a
 - LLaVA: ``{"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, ...]}``
 - plain: ``{"messages": [{"role": "user", "content": "<image> What is it?"}, ...]}``
 
+In an assistant turn ``{"type": "speech", "text": "Hello."}`` are words to be said aloud.
+
 Media are members of the same record. A name in the JSON picks a member; it is never opened as a
 path or an address. A name that no member has (a path from before the shard was made, such as
 ``pictures/a.jpg``) stands for the member ``jpg`` where that is the only medium of its modality.
@@ -161,7 +163,7 @@ def _message(turn: Any, shelf: _Shelf) -> Message:
             "unknown_role", f"a turn has the role {shown(name)}; expected one of {[*ROLES]}."
         )
     if isinstance(content, list):
-        return Message(role, tuple(_part(part, shelf) for part in content))
+        return Message(role, tuple(_part(part, role, shelf) for part in content))
     return Message(role, _split_markers(as_text(content, f"the text of a {role} turn"), shelf))
 
 
@@ -173,16 +175,18 @@ def _either(turn: Mapping[str, Any], name: str, other: str) -> Any:
     return turn.get(name, turn.get(other))
 
 
-def _part(part: Any, shelf: _Shelf) -> Text | Media:
+def _part(part: Any, role: Role, shelf: _Shelf) -> Text | Media:
     """One entry of an OpenAI-style content list."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return Text(as_text(part.get("text"), "a text part"))
+    if kind == "speech" and role == "assistant":
+        return Text(as_text(part.get("text"), "a speech part"), spoken=True)
     if not isinstance(kind, str) or kind not in PART_MODALITIES:
         raise DataError(
             "unknown_part",
-            f"a content part has the type {shown(kind)}; expected 'text' or one "
-            f"of {[*PART_MODALITIES]}.",
+            f"a content part has the type {shown(kind)}; expected 'text', one of "
+            f"{[*PART_MODALITIES]}, or in an assistant turn 'speech'.",
         )
     modality, span = PART_MODALITIES[kind], (_seconds(part, "start"), _seconds(part, "end"))
     place = name_place(part)

@@ -7,7 +7,7 @@ assistant's picture.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmfusion.data.converters.base import Converter
 from mmfusion.data.converters.caption import Caption
@@ -35,11 +35,7 @@ class TextToMedia(Converter):
         media: dict[str, str] | None = None,
     ) -> None:
         for modality, requests in prompts.items():
-            if not requests or any(request.count(CAPTION) != 1 for request in requests):
-                raise ValueError(
-                    f"prompts.{modality} is {requests}; expected requests that each hold "
-                    f"{CAPTION} once."
-                )
+            check_requests(f"prompts.{modality}", requests)
         self.prompts, self.answer = prompts, answer
         self._caption = Caption(text=text, media=media)
 
@@ -60,8 +56,23 @@ class TextToMedia(Converter):
                 f"the record holds {media[0].modality}; there are prompts for "
                 f"{sorted(self.prompts)}.",
             )
-        request = requests[zlib.crc32(key.encode()) % len(requests)].replace(CAPTION, caption)
+        request = request_for(requests, key, caption)
         target = Media(media[0].modality, media[0].data, media[0].format, caption=caption)
         words = (Text(self.answer),) if self.answer else ()
         turns = (Message("user", (Text(request),)), Message("assistant", (*words, target)))
         return Sample(turns, shard=shard, key=key)
+
+
+def check_requests(name: str, requests: Sequence[str]) -> None:
+    """Each holds the caption once.
+
+    Raises:
+        ValueError: with the name of the argument.
+    """
+    if not requests or any(request.count(CAPTION) != 1 for request in requests):
+        raise ValueError(f"{name} is {requests}; expected requests that each hold {CAPTION} once.")
+
+
+def request_for(requests: Sequence[str], key: str, caption: str) -> str:
+    """Always the same one for a record."""
+    return requests[zlib.crc32(key.encode()) % len(requests)].replace(CAPTION, caption)
