@@ -5,19 +5,28 @@ trains.
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from mmfusion.cli import main
+from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generators.noise import generators_of
+from mmfusion.models.generators.pictures import as_png
 from mmfusion.training.rebuild import load_module
+from mmfusion.types import Conditioning
 from tests.make_debug import make_debug
 
 ROOT = Path(__file__).parents[1]
+WORDS = [torch.tensor([list(word)]) for word in (b"red", b"blue")]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 
@@ -56,6 +65,31 @@ def test_parts_from_a_file_outside_the_package_train(folder, capsys):
     assert trained.model.encoders["image"].out_dim == 24
     gate = trained.model.input_projectors["image"].gate
     assert float(gate.detach()) != 0.5
+
+
+def test_a_generator_from_outside_trains_and_draws(folder):
+    parts = importlib.import_module("my_parts")
+    torch.manual_seed(0)
+    generator = parts.Swatch(dim=4)
+    generator.build(PARTS)
+    processor = generator.target_processor()
+    pictures = [as_png(Image.new("RGB", (9, 12), colour)) for colour in ("red", "blue")]
+    targets = processor.collate([processor(picture) for picture in pictures])
+    optimizer, losses = torch.optim.Adam(generator.parameters(), 0.05), []
+    for step in range(200):
+        keys = [2 * step, 2 * step + 1]
+        latents = generator.encode_media(targets, generators_of(keys, 1))
+        given = Conditioning(torch.stack([generator.text_encoder(x) for x in WORDS]))
+        losses.append(generator.denoising_loss(latents, given, keys).mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
+    given, empty = generator.encode_text(["red", "blue"]), generator.encode_text([""])
+    drawn = generator.sample(given, empty, Sampling(steps=20, guidance_scale=1.0))
+    red, blue = (np.asarray(Image.open(io.BytesIO(media.data)))[0, 0] for media in drawn)
+    assert red[0] > red[2]
+    assert blue[2] > blue[0]
 
 
 def test_a_record_that_is_no_riddle_is_named(folder):
