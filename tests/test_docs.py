@@ -53,7 +53,8 @@ def test_a_command_exists_with_its_options(page, command):
     if names[0] in TOOLS:
         module, function = TOOLS[names[0]][0].split(":")
         parameters = inspect.signature(getattr(import_module(module), function)).parameters
-        options = {w[2:].split("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+        names = (re.split("[=.]", w[2:])[0] for w in words if w.startswith("--"))
+        options = {name.replace("-", "_") for name in names}
         assert options <= set(parameters)
 
 

@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 import mmfusion
+from mmfusion.cli import main
 from mmfusion.inference import Chat
 from mmfusion.models.generation import split_speech
 from mmfusion.models.generators.base import Sampling
@@ -28,11 +29,14 @@ CONVERTER = "mmfusion.data.converters.text_to_speech.TextToSpeech"
 
 
 class Beeps(Speaker):
-    """A beep of 10 ms for each word; its pitch is the seed."""
+    """A beep of 10 ms for each word, higher by the seed."""
+
+    def __init__(self, pitch: int = 1) -> None:
+        self.pitch = pitch
 
     def say(self, text: str, seed: int = 0) -> Media | None:
         times = np.arange(80 * len(text.split()))
-        wave = np.sin(times * (seed + 1) / 8).astype(np.float32)
+        wave = np.sin(times * (seed + self.pitch) / 8).astype(np.float32)
         return as_wav(wave, 8000, text) if text.strip() else None
 
 
@@ -147,6 +151,18 @@ def test_the_chat_saves_what_was_said_and_goes_on(
     assert [part.spoken for part in session.history[1].content] == [False, True, False]
     shown = chat.processor.prompt(session.history[:3]).planned.input_ids
     assert set(chat.processor.speech_ids) < set(shown.tolist())
+
+
+def test_any_run_speaks_with_a_voice_of_the_command_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("w33 w1\n"))
+    options = ["--device=cpu", "--max_new_tokens=4", f"--media_dir={tmp_path / 'said'}"]
+    voice = ["--speaker", "tests.training.test_speech_stage.Beeps", "--speaker.pitch=3"]
+    main(["chat", str(run), *options, *voice])
+    assert f"(audio {tmp_path / 'said' / '0001.wav'})" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["chat", str(run), "--speaker", "mmfusion.models.llms.base.LLM"])
 
 
 def test_a_real_voice_says_an_answer(
