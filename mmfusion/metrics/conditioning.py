@@ -1,0 +1,123 @@
+"""How good our conditioning is, before anything is drawn: how near to the text encoding of the
+caption, told from other captions or not, and what the denoiser makes of it.
+
+M conditionings, K captions, C tokens of D_g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from mmfusion.types import Conditioning
+
+CAPTIONS_TOGETHER = 32
+CONDITIONS = ("ours", "caption", "empty")
+"""What the denoiser is given: our conditioning, the caption's encoding, that of ""."""
+
+
+def similarities(
+    tokens_MCD: Tensor, captions: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]
+) -> Tensor:
+    """(M, K) fp32 on the CPU: cosine of each conditioning to the text encoding of each caption, as
+    the mean over its valid tokens.
+
+    Args:
+        tokens_MCD: conditionings.
+        captions: K texts.
+        encode: the generator's text encoding of some of them.
+
+    Raises:
+        ValueError: where the two differ in C or D_g.
+    """
+    found = []
+    for start in range(0, len(captions), CAPTIONS_TOGETHER):
+        wanted = encode(captions[start : start + CAPTIONS_TOGETHER])
+        if wanted.tokens.shape[1:] != tokens_MCD.shape[1:]:
+            raise ValueError(
+                f"conditionings are of shape {tuple(tokens_MCD.shape[1:])}, text encodings of "
+                f"{tuple(wanted.tokens.shape[1:])}; they must be equal to be compared."
+            )
+        units = F.normalize(wanted.tokens.float(), dim=-1)
+        valid = torch.ones_like(units[..., 0]) if wanted.mask is None else wanted.mask.to(units)
+        shares = valid / valid.sum(1, keepdim=True).clamp(min=1)
+        flat = (units * shares[..., None]).flatten(1)
+        rows = [
+            F.normalize(ours.to(flat), dim=-1).flatten(1) @ flat.T
+            for ours in tokens_MCD.split(CAPTIONS_TOGETHER)
+        ]
+        found.append(torch.cat(rows).cpu() if rows else flat.new_zeros(0, len(flat)).cpu())
+    return torch.cat(found, 1)
+
+
+class CaptionMatch(Metric):
+    """Cosine to the own caption's encoding, and how often that is among the k nearest of all.
+
+    Args:
+        at: each k.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self, at: Sequence[int] = (1, 5)) -> None:
+        super().__init__()
+        self.at = tuple(at)
+        self.add_state("sums", torch.zeros(1 + len(self.at)).double(), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, similar_MK: Tensor, own_M: Tensor) -> None:
+        """Add conditionings.
+
+        Args:
+            similar_MK: of :func:`similarities`, to the K distinct captions.
+            own_M: which caption is its own.
+        """
+        own = similar_MK.gather(1, own_M[:, None])
+        # Others that are as near count against it, and so does what is not a number.
+        nearer = (~(similar_MK < own)).sum(1) - 1
+        parts = [own[:, 0], *((nearer < k) for k in self.at)]
+        self.sums += torch.stack([part.double().sum() for part in parts]).to(self.sums)
+        self.count += len(own_M)
+
+    def compute(self) -> dict[str, float]:
+        """``cosine`` and ``retrieval@k``; nothing without conditionings."""
+        names = ["cosine", *(f"retrieval@{k}" for k in self.at)]
+        count = int(self.count)
+        return {n: x / count for n, x in zip(names, self.sums.tolist(), strict=True) if count}
+
+
+class DenoisingLosses(Metric):
+    """The generator's own loss under our conditioning, the caption's encoding and that of ""."""
+
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(CONDITIONS)).double(), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor) -> None:
+        """Add (3, M) losses of the same targets under the same noise, in order of
+        :data:`CONDITIONS`.
+        """
+        self.sums += losses.double().sum(1).to(self.sums)
+        self.count += losses.shape[1]
+
+    def compute(self) -> dict[str, float]:
+        """The three means, and the ``gain``: the share that ours reaches of what the caption's
+        encoding gains over "". No gain where that is nothing.
+        """
+        if not int(self.count):
+            return {}
+        means = (self.sums / self.count).tolist()
+        ours, caption, empty = means
+        figures = dict(zip(CONDITIONS, means, strict=True))
+        return figures | ({"gain": (empty - ours) / (empty - caption)} if empty > caption else {})
