@@ -177,7 +177,7 @@ def make_media(
     for modality, given in conditioning_of(model, prompts, ids, runs).items():
         model.need(modality, PARTS)
         generator = model.generator(modality).to(ids.device).eval()
-        empty = generator.encode_text([""])
+        empty = generator.encode_empty()
         places = [i for i, run in enumerate(runs) if run.modality == modality]
         own = sampling
         if isinstance(sampling.seed, tuple):

@@ -1,15 +1,19 @@
-"""Rank 0 chooses the checkpoints of a run, for all: two ranks that look might find two."""
+"""What ranks tell one another: rank 0 chooses the checkpoints of a run, for all (two ranks that
+look might find two), and a validation gathers what each has found.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
+T = TypeVar("T")
 RESUME_FROM, INIT_FROM = "MMFUSION_RESUME_FROM", "MMFUSION_INIT_FROM"
 """How rank 0 tells the processes it starts which checkpoints it chose."""
 
@@ -31,6 +35,15 @@ def agree(trainer: L.Trainer, variable: str, choose: Callable[[], Path | None]) 
     else:
         os.environ[variable] = f"{os.getpid()}:{chosen}"
     return Path(chosen) if chosen else None
+
+
+def gather(values: list[T]) -> list[T]:
+    """Those of all ranks, on all ranks, in the ranks' order. Every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    return [value for share in found for value in share]
 
 
 def rank() -> int:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from mmfusion.training.trained_weights import (
     load_own,
 )
 from mmfusion.tuning import Policy
-from mmfusion.types import Batch, BatchSample, ConditioningSpec
+from mmfusion.types import Batch, BatchSample, Conditioning, ConditioningSpec
 
 RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer group that the recipe gives, also to a resumed run."""
@@ -49,6 +50,19 @@ RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
     """AdamW as LLMs are trained with; rates and weight decays come from the tuning policies."""
     return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+
+@dataclass
+class Evaluated:
+    """What a batch of a validation or a test gives to callbacks.
+
+    Attributes:
+        losses: of each objective.
+        conditioning: of the targets of each modality the model makes.
+    """
+
+    losses: dict[str, Loss]
+    conditioning: dict[str, Conditioning]
 
 
 class MultimodalModule(L.LightningModule):
@@ -306,11 +320,11 @@ class MultimodalModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Losses of a batch; ``val/loss`` is their mean over the supervised tokens."""
-        return self._evaluate(batch, "val")
+        return self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """As validation, under ``test/``."""
-        return self._evaluate(batch, "test")
+        return self._evaluate(batch)
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -327,13 +341,14 @@ class MultimodalModule(L.LightningModule):
             rows.append(row)
         return rows
 
-    def _evaluate(self, batch: Batch, prefix: str) -> dict[str, Loss]:
-        losses = self._losses(self.model(batch), batch)
+    def _evaluate(self, batch: Batch) -> Evaluated:
+        output = self.model(batch)
+        losses = self._losses(output, batch)
         for name, loss in losses.items():
             mean = cast(MeanMetric, self.means[name])
             mean.update(loss.total.detach().float() / loss.count.clamp(min=1), loss.count)
             cast(SumMetric, self.terms[name]).update(loss.count)
-        return losses
+        return Evaluated(losses, output.conditioning)
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses of the validation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,50 +22,72 @@ from mmfusion.types import DataError, Media
 THUMBNAIL = (256, 256)
 MAX_SECONDS = 30.0
 SAMPLE_RATE = 16000
+PLAYED = ("mp4", "webm", "gif")
+MAX_CLIP = 4 * 2**20
+"""Bytes of a video of an answer."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A sample and what the model made of it."""
+    """A sample and what the model made of it.
+
+    Attributes:
+        source: its name.
+        media: that are asked about.
+        prompt, answer, truth: in words.
+        made: media of the answer, where they were made.
+        wanted: media of the true answer.
+    """
 
     source: str
     media: tuple[Media, ...]
     prompt: str
     answer: str
     truth: str
+    made: tuple[Media, ...] = ()
+    wanted: tuple[Media, ...] = ()
 
 
 def log_table(
-    trainer: L.Trainer, key: str, rows: Sequence[Answered], modalities: Sequence[str]
+    trainer: L.Trainer,
+    key: str,
+    rows: Sequence[Answered],
+    takes: Sequence[str],
+    makes: Sequence[str] = (),
 ) -> None:
-    """Log rows to the run's W&B, if it has one; a column for the first item of each modality."""
+    """Log rows to the run's W&B, if it has one; a column for the first item of each modality that
+    the model takes, and two of each that it makes: its own and the true one.
+    """
     logger = wandb_of(trainer)
     if logger is None:
         return
-    columns = ["step", "source", *modalities, "prompt", "answer", "truth"]
+    answers = [[f"{side} {modality}" for modality in makes] for side in ("answer", "truth")]
+    columns = ["step", "source", *takes, "prompt", "answer", *answers[0], "truth", *answers[1]]
     data = [
         [
             trainer.global_step,
             row.source,
-            *(_cell(row.media, modality) for modality in modalities),
+            *(_cell(row.media, modality, _GIVEN) for modality in takes),
             row.prompt,
             row.answer,
+            *(_cell(row.made, modality, _ANSWERS) for modality in makes),
             row.truth,
+            *(_cell(row.wanted, modality, _ANSWERS) for modality in makes),
         ]
         for row in rows
     ]
     logger.log_table(key, columns=columns, data=data, step=trainer.global_step)
 
 
-def _cell(media: Sequence[Media], modality: str) -> Any:
+def _cell(media: Sequence[Media], modality: str, show: Show) -> Any:
     """The first item of the modality to look at or to hear; None where there is none, or none that
     a viewer would know.
     """
     first = next((item for item in media if item.modality == modality), None)
-    if first is None or modality not in _SHOW:
+    if first is None or modality not in show:
         return None
     try:
-        return _SHOW[modality](first)
+        return show[modality](first)
     except (DataError, av.FFmpegError):
         return None
 
@@ -91,6 +114,16 @@ def _video(media: Media) -> Any:
     return wandb.Image(frames[len(frames) // 2]) if frames else None
 
 
+def _clip(media: Media) -> Any:
+    """To be played; None where it is long, or only a part of the file."""
+    import wandb
+
+    whole = media.start is None and media.end is None
+    if whole and media.format in PLAYED and len(media.data) <= MAX_CLIP:
+        return wandb.Video(io.BytesIO(media.data), format=media.format)
+    return None
+
+
 def _audio(media: Media) -> Any:
     import wandb
 
@@ -106,4 +139,6 @@ def _small(picture: Image.Image) -> Image.Image:
     return picture
 
 
-_SHOW: dict[str, Callable[[Media], Any]] = {"image": _image, "video": _video, "audio": _audio}
+Show = dict[str, Callable[[Media], Any]]
+_GIVEN: Show = {"image": _image, "video": _video, "audio": _audio}
+_ANSWERS: Show = {**_GIVEN, "video": _clip}  # a column of a table holds one kind of cell

@@ -5,38 +5,41 @@
   sample sees the media of another sample of its source with another answer (near 0: the model does
   not look). It flatters: the fair baseline is a model trained without media;
 - ``val/exact_match/<source>`` and ``val/f1/<source>``, in percent (SQuAD's, by torchmetrics), of
-  greedy answers to some samples of each source of conversations;
-- a W&B table ``val/samples`` of media, prompt, answer and truth.
+  greedy answers to some samples of each source of conversations, where the true answer has words;
+- ``val/emission/{precision,recall,f1}/<modality>`` of the same answers: media when they should hold
+  some, and only then;
+- what the conditioning of the true answers' media is worth (:mod:`.media_health`):
+  ``val/cosine/<modality>``, ``val/retrieval@{1,5}/<modality>`` among ``val/captions/<modality>``,
+  ``val/denoising/<modality>/{ours,caption,empty}`` and ``val/denoising_gain/<modality>``;
+- ``val/judge/<modality>/<figure>`` of media that were made;
+- a W&B table ``val/samples`` and a page in the run directory (:mod:`.sample_pages`): media, prompt,
+  answer and truth, as words and as media.
 
-In a test the names begin with ``test/``. Sums are over all ranks. The samples asked about depend on
-the source alone, not on ranks or steps.
+In a test the names begin with ``test/``. Sums are over all ranks. The samples asked about, and the
+noise of what is made, depend on the source alone, not on ranks or steps.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
 import torch
-from torchmetrics.text import SQuAD
 
-from mmfusion.data.collate import collate
 from mmfusion.data.datamodule import MultimodalData
-from mmfusion.data.packing import Item
-from mmfusion.data.reader import Budget, Reader
-from mmfusion.data.source import Source
-from mmfusion.data.validation import spread
-from mmfusion.metrics.answers import Question, as_question
+from mmfusion.metrics.judges.base import Judge
 from mmfusion.metrics.shuffled_media import shuffle_media
 from mmfusion.metrics.token_loss import TokenLoss
-from mmfusion.models.generation import generate
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.objectives.base import Loss
-from mmfusion.training.callbacks.table import Answered, log_table
-from mmfusion.training.module import MultimodalModule
-from mmfusion.types import Batch, DataError, EncodedSample, SampleRef
+from mmfusion.training.callbacks.answering import Answering, Asking, precision
+from mmfusion.training.callbacks.media_health import MediaHealth
+from mmfusion.training.callbacks.sample_pages import write_samples
+from mmfusion.training.callbacks.table import log_table
+from mmfusion.training.module import Evaluated, MultimodalModule
+from mmfusion.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +50,15 @@ class Validation(L.Callback):
     Args:
         shuffled_gap: measure it; one more forward pass for each modality.
         generate_samples: samples of each source of conversations that are answered; 0 is none.
-        table_samples: samples of every source shown in the W&B table; 0 is no table.
-        max_new_tokens: longest answer.
+        table_samples: samples of every source shown in the W&B table and on the page; 0 is none.
+        max_new_tokens: longest answer, not counting the rest of a run of signal tokens.
         prompts_per_batch: samples answered together.
+        media_health: measure the conditioning of targets, where the objectives have the parts of
+            the generator loaded that this takes; three more passes of the denoiser.
+        media_samples: samples of each source of conversations whose answers' media are made, to be
+            shown and judged. Above 0 every part of the generators is loaded.
+        sampling: how they are made.
+        judges: for each modality, what judges the media that are made.
     """
 
     def __init__(
@@ -59,28 +68,65 @@ class Validation(L.Callback):
         table_samples: int = 4,
         max_new_tokens: int = 24,
         prompts_per_batch: int = 16,
+        media_health: bool = True,
+        media_samples: int = 0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        judges: dict[str, Judge] | None = None,
     ) -> None:
         for name, value, lowest in (
             ("generate_samples", generate_samples, 0),
             ("table_samples", table_samples, 0),
             ("max_new_tokens", max_new_tokens, 1),
             ("prompts_per_batch", prompts_per_batch, 1),
+            ("media_samples", media_samples, 0),
         ):
             if value < lowest:
                 raise ValueError(f"validation.{name} is {value}; expected {lowest} or more.")
+        if judges and not media_samples:
+            raise ValueError(
+                f"validation.judges judge media of {sorted(judges)}, but none are made; set "
+                "validation.media_samples, or leave the judges out."
+            )
+        if not isinstance(sampling.seed, int):
+            raise ValueError(
+                f"validation.sampling.seed is {sampling.seed}; expected one number, from which "
+                "each sample has its own."
+            )
         self.shuffled_gap = shuffled_gap
-        self.generate_samples = generate_samples
-        self.table_samples = table_samples
-        self.max_new_tokens = max_new_tokens
-        self.prompts_per_batch = prompts_per_batch
+        self.media_health = media_health
+        self.judges = judges or {}
+        self.asking = Asking(
+            generate_samples,
+            table_samples,
+            media_samples,
+            max_new_tokens,
+            prompts_per_batch,
+            sampling,
+        )
         self._rng: torch.Tensor | None = None
         self._warned = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before the parts are built: say what making media takes; load the judges."""
+        if not self.asking.media_samples or not _data(trainer).val_sources:
+            return
+        model = _module(pl_module).model
+        if odd := sorted(set(self.judges) - set(model.generators)):
+            raise ValueError(
+                f"validation.judges judge {odd}; the model makes {sorted(model.generators)}."
+            )
+        for modality in model.generators:
+            model.need(modality, PARTS)
+        with torch.random.fork_rng():
+            for judge in self.judges.values():
+                judge.build()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fresh sums."""
         module, sources = _module(pl_module), list(_data(trainer).val_sources)
         self._rng = torch.get_rng_state()
         self._losses = {name: TokenLoss(sources).to(module.device) for name in module.objectives}
+        self._health = MediaHealth(trainer, module)
         self._right = {
             modality: TokenLoss(sources).to(module.device) for modality in module.model.encoders
         }
@@ -98,10 +144,16 @@ class Validation(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch."""
-        losses = cast("dict[str, Loss]", outputs)
+        evaluated = cast(Evaluated, outputs)
+        losses = evaluated.losses
         for name, loss in losses.items():
             self._losses[name].update(loss, batch.samples)
-        if self.shuffled_gap and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        if self.media_health:
+            with precision(trainer):
+                self._health.add(batch, evaluated.conditioning)
+        if self.shuffled_gap:
             first = next(iter(losses.values()))
             self._add_gap(trainer, _module(pl_module), first, batch)
 
@@ -114,7 +166,7 @@ class Validation(L.Callback):
             # Several ranks must run the same graph, also where one has nothing to exchange.
             if not chosen.any() and trainer.world_size == 1:
                 continue
-            with torch.no_grad(), _precision(trainer):
+            with torch.no_grad(), precision(trainer):
                 wrong = objective(module.model, module.model(shuffled), shuffled)
             self._right[modality].update(right, batch.samples, chosen)
             self._wrong[modality].update(wrong, batch.samples, chosen)
@@ -125,6 +177,10 @@ class Validation(L.Callback):
             return
         figures = self._figures(_stage(trainer))
         self._warn_of_gaps(figures, trainer)
+        if self.media_health:
+            with precision(trainer):
+                health = self._health.figures()
+            figures |= {f"{_stage(trainer)}/{name}": value for name, value in health.items()}
         figures |= self._answers(trainer, _module(pl_module))
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
         if self._rng is not None:
@@ -166,57 +222,15 @@ class Validation(L.Callback):
             )
 
     def _answers(self, trainer: L.Trainer, module: MultimodalModule) -> dict[str, float]:
-        """Answer this rank's share of the chosen samples of each source."""
-        figures: dict[str, float] = {}
-        rows: list[Answered] = []
-        for name, source in _data(trainer).val_sources.items():
-            chat = _is_chat(source)
-            count = max(self.generate_samples if chat else 0, self.table_samples)
-            chosen = spread(len(source), count)[trainer.global_rank :: trainer.world_size]
-            metric = SQuAD().to(module.device)
-            for group in _chunks(self._questions(trainer, name, chosen), self.prompts_per_batch):
-                answers = self._generate(trainer, module, [question for _, question in group])
-                for (ref, question), answer in zip(group, answers, strict=True):
-                    key = f"{name}/{ref.index}"
-                    target = {"answers": {"answer_start": [0], "text": [question.truth]}, "id": key}
-                    metric.update({"prediction_text": answer, "id": key}, target)
-                    if sum(row.source == name for row in rows) < self.table_samples:
-                        media = tuple(source[ref.index].media)
-                        rows.append(Answered(name, media, question.text, answer, question.truth))
-            if chat and self.generate_samples and (chosen or trainer.world_size > 1):
-                scores = metric.compute()
-                figures[f"{_stage(trainer)}/exact_match/{name}"] = float(scores["exact_match"])
-                figures[f"{_stage(trainer)}/f1/{name}"] = float(scores["f1"])
+        """Answer samples of each source, and show some."""
+        stage, makes = _stage(trainer), list(module.model.generators)
+        answering = Answering(trainer, module, self.asking, self.judges)
+        figures = {f"{stage}/{name}": value for name, value in answering.figures().items()}
+        rows = answering.rows()
         if trainer.is_global_zero and rows:
-            log_table(trainer, f"{_stage(trainer)}/samples", rows, list(module.model.encoders))
+            log_table(trainer, f"{stage}/samples", rows, list(module.model.encoders), makes)
+            write_samples(trainer, stage, rows)
         return figures
-
-    def _questions(
-        self, trainer: L.Trainer, name: str, indices: Sequence[int]
-    ) -> Iterator[tuple[SampleRef, Question]]:
-        data, processor = _data(trainer), _processor(trainer)
-        reader = Reader(data.val_sources, processor, 0, Budget(data.pack_tokens, data.pack_media))
-        for index in indices:
-            ref = SampleRef(name, 0, index)
-            item = reader.plan(ref)
-            sample = reader.finish(item) if isinstance(item, Item) else item
-            if isinstance(sample, EncodedSample):  # bad ones are reported with the losses
-                yield ref, as_question(sample, processor.tokenizer)
-
-    def _generate(
-        self, trainer: L.Trainer, module: MultimodalModule, questions: Sequence[Question]
-    ) -> list[str]:
-        processor = _processor(trainer)
-        prompts = collate([question.prompt for question in questions], processor)
-        with _precision(trainer):
-            ids = generate(
-                module.model,
-                prompts.to(module.device),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-            )
-        answers = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
 
 
 def _module(module: L.LightningModule) -> MultimodalModule:
@@ -229,32 +243,3 @@ def _stage(trainer: L.Trainer) -> str:
 
 def _data(trainer: L.Trainer) -> MultimodalData:
     return cast(MultimodalData, trainer.datamodule)  # type: ignore[attr-defined]
-
-
-def _processor(trainer: L.Trainer) -> Any:
-    return _data(trainer).processor
-
-
-def _is_chat(source: Source) -> bool:
-    """Whether a source holds conversations: its first sample that can be read tells."""
-    for index in range(len(source)):
-        try:
-            return source[index].format == "chat"
-        except DataError:
-            continue
-    return False
-
-
-def _precision(trainer: L.Trainer) -> AbstractContextManager:
-    return trainer.precision_plugin.forward_context()
-
-
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,19 @@ class SecondOn(TinyConverter):
         return super().__call__(record, shard, key)
 
 
-def validate(recipe: Path, callback: Validation) -> tuple[dict[str, float], Any, Any]:
-    module, data = from_recipe(str(recipe))
-    trainer = L.Trainer(
+def trainer_of(callback: Validation) -> L.Trainer:
+    return L.Trainer(
         accelerator="cpu",
         logger=False,
         callbacks=[callback],
         enable_progress_bar=False,
         enable_checkpointing=False,
     )
-    (figures,) = trainer.validate(module, data, verbose=False)
+
+
+def validate(recipe: Path, callback: Validation) -> tuple[dict[str, float], Any, Any]:
+    module, data = from_recipe(str(recipe))
+    (figures,) = trainer_of(callback).validate(module, data, verbose=False)
     module.eval()  # Lightning puts back the mode it found
     return dict(figures), module, data
 
@@ -216,20 +220,30 @@ def test_table_of_samples_goes_to_wandb_with_its_media(tmp_path: Path, assets: P
     media = [Media(m, path.read_bytes(), path.suffix[1:]) for m, path in files.items()]
     broken = Media("image", b"not a picture", "jpg")
     rows = [Answered("s", (item,), "ask", "answer", "truth") for item in [*media, broken]]
+    part = replace(media[2], start=0.0, end=0.2)
+    rows.append(Answered("s", (), "draw", "", "", made=(media[0], part), wanted=(media[2],)))
     loggers = default_loggers(tmp_path, "tableid", wandb="offline")
     trainer = L.Trainer(accelerator="cpu", logger=loggers, enable_checkpointing=False)
-    log_table(trainer, "val/samples", rows, list(files))
+    log_table(trainer, "val/samples", rows, list(files), ["image", "video"])
     loggers[1].finalize("success")
     staged = [path.read_bytes() for path in (tmp_path / "wandb/data/artifacts/staging").iterdir()]
     parsed = [json.loads(data) for data in staged if data.lstrip().startswith(b"{")]
     table, *_ = [found for found in parsed if "columns" in found]
-    assert table["columns"] == ["step", "source", *files, "prompt", "answer", "truth"]
+    made = [f"{side} {kind}" for side in ("answer", "truth") for kind in ("image", "video")]
+    columns = ["step", "source", *files, "prompt", "answer", *made[:2], "truth", *made[2:]]
+    assert table["columns"] == columns
     kinds = [[cell and cell["_type"] for cell in row[2:5]] for row in table["data"]]
     assert kinds == [
         ["image-file", None, None],
         [None, "audio-file", None],
         [None, None, "image-file"],
         [None, None, None],
+        [None, None, None],
     ]
-    assert sum(data.startswith(b"\x89PNG") for data in staged) == 2
+    last = dict(zip(columns, table["data"][-1], strict=True))
+    assert [last[name] and last[name]["_type"] for name in made] == [
+        "image-file", None, None, "video-file",
+    ]  # fmt: skip
+    assert sum(data.startswith(b"\x89PNG") for data in staged) == 3
     assert sum(data.startswith(b"RIFF") for data in staged) == 1
+    assert media[2].data in staged

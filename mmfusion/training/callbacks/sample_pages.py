@@ -1,0 +1,88 @@
+"""Answered samples in the run directory, for whoever has no W&B: ``samples/<stage>-<step>/`` with
+``index.html``, ``samples.jsonl`` and the media, of the last few validations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jinja2 import Environment, PackageLoader
+
+from mmfusion.training.callbacks.run_progress import RunProgress
+from mmfusion.training.callbacks.table import Answered
+from mmfusion.types import Media
+
+FOLDER = "samples"
+KEPT = 5
+"""Validations whose samples stay."""
+MAX_BYTES = 8 * 2**20
+"""Of a medium that is kept."""
+
+
+def write_samples(trainer: L.Trainer, stage: str, rows: Sequence[Answered]) -> Path | None:
+    """Write rows into the run directory, where this process writes one; the oldest beyond ``KEPT``
+    are removed.
+    """
+    attempts = (c.attempt for c in trainer.callbacks if isinstance(c, RunProgress))  # type: ignore[attr-defined]
+    attempt = next(attempts, None)
+    if attempt is None:
+        return None
+    folder = attempt.run.path / FOLDER
+    page = write_page(folder / f"{stage}-{trainer.global_step:08d}", rows)
+    for old in sorted(folder.glob(f"{stage}-*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return page
+
+
+def write_page(folder: Path, rows: Sequence[Answered]) -> Path:
+    """Write rows and their media into a folder, whole or not at all; what was there is replaced."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    written = [_write(aside, number, row) for number, row in enumerate(rows)]
+    lines = "".join(json.dumps(row) + "\n" for row in written)
+    (aside / "samples.jsonl").write_text(lines, encoding="utf-8")
+    environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True)
+    page = environment.get_template("samples.html.jinja").render(title=folder.name, rows=written)
+    (aside / "index.html").write_text(page, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    return folder / "index.html"
+
+
+def _write(folder: Path, number: int, row: Answered) -> dict[str, Any]:
+    """A row as JSON; its media are files beside."""
+    kinds = {"media": row.media, "made": row.made, "wanted": row.wanted}
+    return {
+        "source": row.source,
+        "prompt": row.prompt,
+        "answer": row.answer,
+        "truth": row.truth,
+        **{
+            kind: [_keep(folder, f"{number:04d}-{kind}-{i}", item) for i, item in enumerate(items)]
+            for kind, items in kinds.items()
+        },
+    }
+
+
+def _keep(folder: Path, name: str, media: Media) -> dict[str, Any]:
+    # A format comes from data, and must not become a path.
+    file = f"{name}.{re.sub('[^a-z0-9]', '', media.format)[:8] or 'bin'}"
+    kept = len(media.data) <= MAX_BYTES
+    if kept:
+        (folder / file).write_bytes(media.data)
+    start, end = media.start, media.end
+    span = "" if start is None and end is None else f"#t={start or 0}"
+    return {
+        "modality": media.modality,
+        "file": file if kept else None,
+        "span": f"{span},{end}" if end is not None else span,
+        "caption": media.caption,
+    }
