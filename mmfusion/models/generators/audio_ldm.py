@@ -4,26 +4,22 @@ embedding instead of cross-attention, VAE over log-mel frames, HiFi-GAN vocoder.
 The conditioning is one vector of length 1, the pooled text encoding. It enters the U-Net as its
 class label. Cosine is the distance to align it by: the mean squared error of two unrelated unit
 vectors of 512 numbers is 2/512 = 0.004, and as small are its gradients.
-
-M clips, T mel frames, W mel bins, f the VAE's factor.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from diffusers import AudioLDMPipeline, AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import ClapTextModelWithProjection, SpeechT5HifiGan
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, VOCODER, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.sounds import MelProcessor
-from mmfusion.processing.audios import as_wav
+from mmfusion.models.generators.sampling import draw_latents
+from mmfusion.models.generators.sounds import MelClip, mel_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -76,8 +72,7 @@ class AudioLDM(DiffusersPipeline):
         return ConditioningSpec(1, int(self.configs["text_encoder"]["projection_dim"]))
 
     def target_processor(self) -> MediaProcessor:
-        clip = self.clip
-        return MelProcessor(clip.rate, clip.hop, clip.frames, clip.bins, self.window)
+        return self.clip.processor(self.window)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
@@ -90,8 +85,7 @@ class AudioLDM(DiffusersPipeline):
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(tensors["mel"][:, None].to(self.dtype)).latent_dist
-        return posterior.mean, posterior.std
+        return mel_moments(self.vae, tensors["mel"])
 
     def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
         return self.denoiser(
@@ -106,58 +100,7 @@ class AudioLDM(DiffusersPipeline):
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:
-        pipeline = self.pipeline(AudioLDMPipeline, tokenizer=None)
-        pipeline.text_encoder = self.denoiser  # asked for its dtype alone
-        ours = self._label(conditioning)
-        sounds = pipeline(
-            prompt_embeds=ours,
-            negative_prompt_embeds=self._label(empty).expand_as(ours),
-            audio_length_in_s=self.clip.seconds,
-            **self.options(sampling, len(ours)),
-        ).audios
-        return [as_wav(sound, self.clip.rate) for sound in sounds]
-
-
-class MelClip:
-    """Sizes of a clip, from the configurations of what makes it.
-
-    Args:
-        path: of the pipeline, for messages.
-        vae: its configuration.
-        vocoder: its configuration.
-        seconds: asked for (0: as the denoiser).
-        latents: frames of the denoiser's latents.
-
-    Attributes:
-        rate: samples a second.
-        hop: samples of a mel frame.
-        bins: W.
-        frames: T, a multiple of f.
-    """
-
-    def __init__(
-        self, path: str, vae: dict[str, Any], vocoder: dict[str, Any], seconds: float, latents: Any
-    ) -> None:
-        self.rate = int(vocoder["sampling_rate"])
-        self.hop = math.prod(vocoder["upsample_rates"])
-        self.bins = int(vocoder["model_in_dim"])
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        if vae["in_channels"] != 1 or self.bins % factor:
-            raise ValueError(
-                f"the VAE of {path} takes {vae['in_channels']} channels and divides by {factor}, "
-                f"its vocoder takes {self.bins} mel bins; expected 1 channel, and bins that the "
-                "VAE can divide."
-            )
-        own = latents[0] if isinstance(latents, (list, tuple)) else latents
-        if seconds < 0 or not (seconds or own):
-            raise ValueError(
-                f"seconds is {seconds}; expected more than 0, or 0 where the denoiser of {path} "
-                "says how long its clips are (sample_size)."
-            )
-        wanted = seconds * self.rate / self.hop or int(own) * factor
-        self.frames = factor * math.ceil(wanted / factor - 1e-6)
-
-    @property
-    def seconds(self) -> float:
-        """Of a clip."""
-        return self.frames * self.hop / self.rate
+        ours, none = self.paired(conditioning, empty)
+        channels = int(self.configs["denoiser"]["in_channels"])
+        latents = draw_latents(self, self.clip.latents(channels), ours, none, sampling)
+        return self.clip.heard(latents, self.vae, self.vocoder)

@@ -1,8 +1,13 @@
-"""Sounds as generators of audio take them: clips of one length, as log-mel frames or as samples."""
+"""Sounds as generators of audio take them: clips of one length, as log-mel frames or as samples.
+
+M clips, T mel frames, W mel bins, f the VAE's factor.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.audio_utils import mel_filter_bank
 
-from mmfusion.processing.audios import decode_audio
+from mmfusion.processing.audios import as_wav, decode_audio
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import DataError, Media, MediaTensors
 
@@ -28,22 +33,21 @@ class ClipProcessor(MediaProcessor):
     Args:
         rate: samples a second.
         samples: of a clip.
-        channels: equal ones; sounds are decoded as one channel.
     """
 
     modality = "audio"
 
-    def __init__(self, rate: int, samples: int, channels: int = 1) -> None:
-        self.rate, self.samples, self.channels = rate, samples, channels
+    def __init__(self, rate: int, samples: int) -> None:
+        self.rate, self.samples = rate, samples
 
     def num_features(self, media: Media) -> int:
         return 1
 
     def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
-        return {"samples": self.padded(self.clip(media)).repeat(self.channels, 1)}
+        return {"samples": self.padded(self.clip(media))}
 
     def idle(self) -> MediaTensors:
-        return {"samples": torch.zeros(self.channels, self.samples)}
+        return {"samples": torch.zeros(self.samples)}
 
     def clip(self, media: Media) -> Tensor:
         """Up to ``samples``, float32.
@@ -91,6 +95,78 @@ class MelProcessor(ClipProcessor):
 
     def idle(self) -> MediaTensors:
         return {"mel": torch.full((self.frames, self.bins), float(np.log(FLOOR)))}
+
+
+class MelClip:
+    """Sizes of a clip, from the configurations of what makes it.
+
+    Args:
+        path: of the pipeline, for messages.
+        vae: its configuration.
+        vocoder: its configuration.
+        seconds: asked for (0: as the denoiser).
+        latents: frames of the denoiser's latents.
+
+    Attributes:
+        rate: samples a second.
+        hop: samples of a mel frame.
+        bins: W.
+        frames: T, a multiple of f.
+        factor: f.
+        scale: of the VAE's latents.
+    """
+
+    def __init__(
+        self, path: str, vae: dict[str, Any], vocoder: dict[str, Any], seconds: float, latents: Any
+    ) -> None:
+        self.rate = int(vocoder["sampling_rate"])
+        self.hop = math.prod(vocoder["upsample_rates"])
+        self.bins = int(vocoder["model_in_dim"])
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        if vae["in_channels"] != 1 or self.bins % factor:
+            raise ValueError(
+                f"the VAE of {path} takes {vae['in_channels']} channels and divides by {factor}, "
+                f"its vocoder takes {self.bins} mel bins; expected 1 channel, and bins that the "
+                "VAE can divide."
+            )
+        own = latents[0] if isinstance(latents, (list, tuple)) else latents
+        if seconds < 0 or not (seconds or own):
+            raise ValueError(
+                f"seconds is {seconds}; expected more than 0, or 0 where the denoiser of {path} "
+                "says how long its clips are (sample_size)."
+            )
+        wanted = seconds * self.rate / self.hop or int(own) * factor
+        self.factor, self.scale = factor, float(vae.get("scaling_factor", 0.18215))
+        self.frames = factor * math.ceil(wanted / factor - 1e-6)
+
+    @property
+    def seconds(self) -> float:
+        """Of a clip."""
+        return self.frames * self.hop / self.rate
+
+    def processor(self, window: int) -> MelProcessor:
+        """Of clips.
+
+        Args:
+            window: samples of the Fourier transform.
+        """
+        return MelProcessor(self.rate, self.hop, self.frames, self.bins, window)
+
+    def latents(self, channels: int) -> tuple[int, int, int]:
+        """Shape of a clip's latents."""
+        return channels, self.frames // self.factor, self.bins // self.factor
+
+    def heard(self, latents: Tensor, vae: Any, vocoder: Any) -> list[Media]:
+        """M clips of their scaled latents."""
+        mels = vae.decode(latents / self.scale).sample[:, 0]
+        waves = vocoder(mels)[:, : self.frames * self.hop].float().cpu().numpy()
+        return [as_wav(wave, self.rate) for wave in waves]
+
+
+def mel_moments(vae: Any, mel_MTW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (M, C, T/f, W/f) of an AutoencoderKL's latents of mel frames."""
+    posterior = vae.encode(mel_MTW[:, None].to(vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
 
 
 def log_mel(wave: Tensor, rate: int, hop: int, bins: int, window: int) -> Tensor:

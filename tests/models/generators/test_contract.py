@@ -35,6 +35,7 @@ from tests.models.generators.families import (
     TextToVideoSDFamily,
     WanFamily,
 )
+from tests.models.generators.sound_families import AudioLDM2Family, AudioLDMFamily
 
 FAMILIES: dict[str, Family] = {
     "sd": StableDiffusionFamily(),
@@ -45,6 +46,8 @@ FAMILIES: dict[str, Family] = {
     "pixart-sigma": PixArtFamily(PixArtSigmaPipeline),
     "text-to-video-sd": TextToVideoSDFamily(),
     "wan": WanFamily(),
+    "audioldm": AudioLDMFamily(),
+    "audioldm2": AudioLDM2Family(),
 }
 KEYS = [5, 123456789]
 

@@ -7,15 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AudioLDMPipeline, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
+    AudioLDMPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ClapConfig,
+    ClapModel,
     ClapTextConfig,
     ClapTextModelWithProjection,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
+    T5Tokenizer,
 )
+
+from tests.models.generators.tiny import LETTERS, t5_text
 
 
 def roberta_tokenizer(longest: int = 16) -> PreTrainedTokenizerFast:
@@ -47,6 +63,7 @@ def vocoder(bins: int = 8) -> SpeechT5HifiGan:
         model_in_dim=bins, sampling_rate=4000, upsample_initial_channel=8, upsample_rates=[8, 8],
         upsample_kernel_sizes=[16, 16], resblock_kernel_sizes=[3],
         resblock_dilation_sizes=[[1, 3]], normalize_before=False,
+        initializer_range=0.3,
     )  # fmt: skip
     return SpeechT5HifiGan(config)
 
@@ -69,5 +86,47 @@ def save_audio_ldm(folder: Path, prediction_type: str = "epsilon", **scheduler: 
     pipeline = AudioLDMPipeline(
         mel_vae(), ClapTextModelWithProjection(text), roberta_tokenizer(), unet, schedule, vocoder()
     )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def save_audio_ldm_2(folder: Path) -> str:
+    """Clips as of :func:`save_audio_ldm`; 4 generated states of width 16, T5's of width 32."""
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": 100, "hidden_size": 8, "intermediate_size": 37, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 18, "projection_dim": 16,
+    }  # fmt: skip
+    audio = {
+        "spec_size": 64, "window_size": 4, "num_mel_bins": 64, "intermediate_size": 37,
+        "depths": [1, 1], "num_attention_heads": [1, 1], "num_hidden_layers": 2,
+        "hidden_size": 16, "patch_size": 2, "patch_stride": 2, "patch_embed_input_channels": 4,
+        "patch_embeds_hidden_size": 8, "projection_dim": 16,
+    }  # fmt: skip
+    clap = ClapConfig(text_config=text, audio_config=audio, projection_dim=16)
+    gpt2 = GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=60, vocab_size=50)
+    gpt2.max_new_tokens = 4
+    unet = AudioLDM2UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16),
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=((None, 16, 32), (None, 16, 32)),
+    )  # fmt: skip
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *LETTERS, *(f"\u0120{x}" for x in LETTERS)]
+    roberta = RobertaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16
+    )
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        *((x, -1.0) for x in ["\u2581", *LETTERS]),
+    ]
+    pipeline = AudioLDM2Pipeline(
+        mel_vae(), ClapModel(clap), t5_text(), AudioLDM2ProjectionModel(16, 32, 16),
+        GPT2LMHeadModel(gpt2), roberta, T5Tokenizer(vocab=pieces, model_max_length=12), None, unet,
+        DDIMScheduler(num_train_timesteps=100), vocoder(),
+    )  # fmt: skip
     pipeline.save_pretrained(folder)
     return str(folder)
