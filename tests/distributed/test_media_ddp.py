@@ -8,11 +8,14 @@ import csv
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mmfusion.training.loggers import read_metrics
 from tests.training import jobs
-from tests.training.pictures import objective, prepare, recipe
+from tests.training.pictures import FULL, NEW, objective, prepare, recipe
 from tests.training.tiny import recorded
 
+HEALTH = "tests.training.callbacks.test_media_health"
 pytestmark = pytest.mark.slow
 NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
 
@@ -59,3 +62,47 @@ def test_a_rank_without_pictures_to_make_changes_nothing(home: Path) -> None:
         pictures[row["step"], row["rank"]] += sum(s[0] == "pairs" for s in row["samples"])
     lacking = {step for (step, _), count in pictures.items() if not count}
     assert any(sum(pictures[step, rank] for rank in (0, 1)) for step in lacking)
+
+
+def test_two_ranks_find_the_figures_of_one(home: Path) -> None:
+    """Also where ranks have other numbers of answers and targets; media included."""
+    sources = yaml.safe_load(recipe(home).read_text())["data"]["sources"]
+    found = []
+    for world in (1, 2):
+        path = recipe(
+            home,
+            run_dir=f"{home}/figures{world}",
+            trainer__max_steps=6,
+            model__tuning={
+                "output_projectors": FULL,
+                "llm": {**NEW, "init_args": {"lr": 0.3}},  # soon answers with pictures
+            },
+            val_every_n_steps=6,
+            data__pack_tokens=24,
+            data__val_sources=sources,
+            data__val_limit=13,
+            validation={
+                "generate_samples": 7,
+                "media_samples": 5,
+                "table_samples": 3,
+                "max_new_tokens": 3,
+                "sampling": {"steps": 2},
+                "judges": {"image": {"class_path": f"{HEALTH}.Bright"}},
+            },
+        )
+        args = ["fit", "-c", str(path)]
+        if world == 2:
+            args += ["--trainer.strategy=ddp", "--trainer.devices=2"]
+            codes = jobs.run_ranks(args, home / f"figures{world}.log", 2)
+        else:
+            codes = [jobs.run(args, home / f"figures{world}.log")]
+        assert set(codes) == {0}, "".join(p.read_text() for p in home.glob("figures*.[01l]*"))
+        run = home / f"figures{world}"
+        (row,) = [row for row in read_metrics(run / "metrics.csv") if "val/loss" in row]
+        shown = (run / "samples" / "val-00000006" / "samples.jsonl").read_text()
+        found.append(({key: x for key, x in row.items() if key.startswith("val/")}, shown))
+    (one, shown_one), (two, shown_two) = found
+    assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert len(one) > 15
+    assert "val/judge/image/right/light" in one
+    assert shown_two == shown_one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.nn import functional as F
 
@@ -21,11 +23,13 @@ from mmfusion.metrics.judges.classifier import ClassifierJudge
 from mmfusion.models.generators.base import PARTS, TEXT_ENCODER, Sampling
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.loggers import read_metrics
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import Media, SampleRef
 from tests.training.callbacks.test_validation import trainer_of
-from tests.training.pictures import NEXT_TOKEN, objective, prepare, recipe
+from tests.training.pictures import FULL, NEW, NEXT_TOKEN, objective, prepare, recipe
+from tests.training.tiny import fit, losses
 
 STEPS = Sampling(steps=2, guidance_scale=2.0, seed=3)
 
@@ -223,3 +227,48 @@ def test_what_cannot_be_meant_is_refused(home: Path) -> None:
     module, data = built(home)
     with pytest.raises(ValueError, match=r"judge \['audio'\]; the model makes \['image'\]"):
         validated(module, data, media_samples=1, judges={"audio": Bright()})
+
+
+@pytest.mark.slow
+def test_validation_leaves_training_as_it_is_and_shows_what_was_made(home: Path) -> None:
+    sources = yaml.safe_load(recipe(home).read_text())["data"]["sources"]
+    eager = {**NEW, "init_args": {"lr": 0.3}}  # soon answers with pictures
+    changes = {
+        "trainer__max_steps": 8,
+        "data__val_sources": sources,
+        "model__tuning": {"output_projectors": FULL, "llm": eager},
+    }
+    plain = fit(recipe(home, run_dir=str(home / "plain"), **changes))
+    judge = {"class_path": f"{__name__}.Bright"}
+    often = fit(
+        recipe(
+            home,
+            run_dir=str(home / "often"),
+            val_every_n_steps=4,
+            validation={
+                "generate_samples": 6,
+                "media_samples": 4,
+                "table_samples": 6,
+                "max_new_tokens": 3,
+                "sampling": {"steps": 2},
+                "judges": {"image": judge},
+            },
+            **changes,
+        )
+    )
+    assert losses(often) == losses(plain)
+    assert len(losses(plain)) == 8
+    rows = read_metrics(often.path / "metrics.csv")
+    logged = [row for row in rows if "val/loss" in row]
+    assert len(logged) == 2
+    for row in logged:
+        assert {"val/cosine/image", "val/denoising/image/ours", "val/emission/f1/image"} <= {*row}
+    pages = sorted((often.path / "samples").iterdir())
+    assert [page.name for page in pages] == ["val-00000004", "val-00000008"]
+    shown = [json.loads(line) for line in (pages[1] / "samples.jsonl").open()]
+    assert {row["source"] for row in shown} == {"pairs", "words"}
+    assert all(len(row["wanted"]) == (row["source"] == "pairs") for row in shown)
+    made = [item["file"] for row in shown for item in row["made"]]
+    assert made, "the trained model answers with pictures"
+    assert all(Image.open(pages[1] / file).size == (16, 16) for file in made)
+    assert "val/judge/image/right/light" in logged[1]

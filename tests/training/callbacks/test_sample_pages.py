@@ -1,0 +1,57 @@
+"""Answered samples as files of the run directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mmfusion.training.callbacks import sample_pages
+from mmfusion.training.callbacks.run_progress import RunProgress
+from mmfusion.training.callbacks.sample_pages import KEPT, write_page, write_samples
+from mmfusion.training.callbacks.table import Answered
+from mmfusion.types import Media
+
+PICTURE = Media("image", b"png", "png", caption="w1 & w2")
+CLIP = Media("video", b"mp4", "mp4", start=0.5, end=2.0)
+SOUND = Media("audio", b"wav", "../../x")
+ROW = Answered("s", (CLIP,), "<b>draw</b>", "here", "", made=(PICTURE,), wanted=(SOUND, PICTURE))
+
+
+def test_a_page_shows_prompt_truth_and_what_was_made(tmp_path: Path) -> None:
+    page = write_page(tmp_path / "val-00000004", [ROW]).read_text()
+    assert "&lt;b&gt;draw&lt;/b&gt;" in page
+    assert '<img src="0000-made-0.png"' in page
+    assert '<video controls src="0000-media-0.mp4#t=0.5,2.0">' in page
+    assert '<audio controls src="0000-wanted-0.x">' in page
+    (line,) = (tmp_path / "val-00000004" / "samples.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["prompt"], row["answer"], row["truth"]) == ("<b>draw</b>", "here", "")
+    assert row["made"] == [
+        {"modality": "image", "file": "0000-made-0.png", "span": "", "caption": "w1 & w2"}
+    ]
+    files = {path.name for path in (tmp_path / "val-00000004").iterdir()}
+    assert files == {
+        "index.html", "samples.jsonl", "0000-media-0.mp4", "0000-made-0.png", "0000-wanted-0.x",
+        "0000-wanted-1.png",
+    }  # fmt: skip
+
+
+def test_what_is_too_large_is_named_but_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sample_pages, "MAX_BYTES", 2)
+    page = write_page(tmp_path / "page", [ROW]).read_text()
+    assert "video (not kept: too large)" in page
+    assert {path.suffix for path in (tmp_path / "page").iterdir()} == {".html", ".jsonl"}
+
+
+def test_the_last_validations_stay_and_a_step_that_comes_again_is_replaced(tmp_path: Path) -> None:
+    progress = RunProgress({})
+    trainer: Any = SimpleNamespace(callbacks=[progress], global_step=0)
+    assert write_samples(trainer, "val", [ROW]) is None  # no run is written here
+    progress.attempt = SimpleNamespace(run=SimpleNamespace(path=tmp_path))  # type: ignore[assignment]
+    for step in (*range(KEPT + 3), KEPT + 2):
+        trainer.global_step = step
+        write_samples(trainer, "val", [ROW] * (step + 1))
+    kept = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert kept == [f"val-{step:08d}" for step in range(3, KEPT + 3)]
