@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ STRIP_FRAMES, STRIP_SIZE = 5, 96
 
 @dataclass(frozen=True)
 class Shown:
-    """A held-out sample as the page shows it."""
+    """A sample as the page shows it: media of the question, words, media of answer and truth."""
 
     source: str
     media: tuple[Media, ...]
     question: str
     answer: str
     truth: str
+    made: tuple[Media, ...] = ()
+    wanted: tuple[Media, ...] = ()
 
 
 def write_report(
@@ -61,6 +64,7 @@ def write_report(
             for name, folder in curves.items()
         },
         shown=answered(run),
+        validations=validations(run),
     )
     target = run / "report.html"
     target.write_text(page, encoding="utf-8")
@@ -92,6 +96,8 @@ def answered(run: Path) -> list[Shown]:
             text_of(item.sample.messages[0]),
             answer,
             text_of(item.sample.messages[1]),
+            tuple(answer.media),
+            tuple(item.sample.targets),
         )
         for item, answer in zip(chosen, answers, strict=True)
     ]
@@ -103,13 +109,14 @@ def render(
     seconds: dict[str, float],
     curves: dict[str, Sequence[tuple[int, float]]],
     shown: Sequence[Shown],
+    validations: Mapping[str, Sequence[Shown]] | None = None,
 ) -> str:
     """The page. Whatever comes from data is escaped."""
     environment = Environment(
         loader=PackageLoader("mmfusion.tools.quickstart", "."),
         autoescape=select_autoescape(default=True, default_for_string=True),
     )
-    environment.filters["show"] = show
+    environment.filters |= {"show": show, "play": play}
     return environment.get_template("report.html.jinja").render(
         title=run.name,
         run=shlex.quote(str(run)),
@@ -120,7 +127,31 @@ def render(
         seconds=seconds,
         curves=Markup(draw_curves(curves)),
         shown=shown,
+        validations=validations or {},
     )
+
+
+def validations(run: Path) -> dict[str, list[Shown]]:
+    """What the run kept of its validations that answers, or should answer, with media."""
+    found = {}
+    for file in sorted((run / "samples").glob("val-*/samples.jsonl")):
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        items = [_kept(file.parent, row) for row in rows if row["made"] or row["wanted"]]
+        if items:
+            found[f"step {int(file.parent.name.removeprefix('val-'))}"] = items
+    return found
+
+
+def _kept(folder: Path, row: dict[str, Any]) -> Shown:
+    def media(kind: str) -> tuple[Media, ...]:
+        files = [(item["modality"], item["file"]) for item in row[kind] if item["file"]]
+        return tuple(
+            Media(modality, (folder / file).read_bytes(), Path(file).suffix[1:])
+            for modality, file in files
+        )
+
+    words = (row["prompt"], row["answer"], row["truth"])
+    return Shown(row["source"], media("media"), *words, media("made"), media("wanted"))
 
 
 def draw_curves(curves: dict[str, Sequence[tuple[int, float]]]) -> str:
@@ -171,6 +202,14 @@ def show(media: Media) -> Markup:
     return Markup('<img class="strip" src="{}" alt="frames">').format(
         _data_url("image/jpeg", frame_strip(media.data))
     )
+
+
+def play(media: Media) -> Markup:
+    """As :func:`show`; a clip is one to be played, where browsers can."""
+    if media.modality == "video" and media.format in ("mp4", "webm"):
+        url = _data_url(f"video/{media.format}", media.data)
+        return Markup('<video controls src="{}"></video>').format(url)
+    return show(media)
 
 
 def _data_url(kind: str, data: bytes) -> str:

@@ -12,7 +12,9 @@ from mmfusion.tools.quickstart.figures import (
     rows,
     training_figures,
 )
-from mmfusion.tools.quickstart.report import Shown, draw_curves, render, smooth
+from mmfusion.tools.quickstart.report import Shown, draw_curves, render, smooth, validations
+from mmfusion.training.callbacks.sample_pages import write_page
+from mmfusion.training.callbacks.table import Answered
 from mmfusion.types import Media
 
 EVIL = "<script>alert('x')</script>"
@@ -138,3 +140,26 @@ def test_printed_columns_are_below_each_other_whatever_the_names(figures, capsys
     table = capsys.readouterr().out.splitlines()[:-1]
     assert len({line.index(" [") for line in table}) == 1
     assert len({line.index("at least") for line in table if "at least" in line}) == 1
+
+
+def test_what_validations_made_is_on_the_page_beside_the_truth(tmp_path, assets, figures):
+    picture = Media("image", (assets / "pictures/bear.jpg").read_bytes(), "jpg")
+    clip = Media("video", (assets / "videos/bear.mp4").read_bytes(), "mp4")
+    rows = [
+        Answered("draw", (), EVIL, "", "", made=(picture, clip), wanted=(clip,)),
+        Answered("draw", (), "w2", "w3", "", wanted=(picture,)),
+        Answered("talk", (picture,), "w4", "w5", "w6"),
+    ]
+    for step in (4, 8):
+        write_page(tmp_path / "samples" / f"val-{step:08d}", rows)
+    found = validations(tmp_path)
+    assert list(found) == ["step 4", "step 8"]
+    first, second = found["step 8"]  # words alone are shown above
+    assert [media.data for media in first.made] == [picture.data, clip.data]
+    assert [media.modality for media in second.wanted] == ["image"]
+    page = render(tmp_path, figures, {}, {"stage 1": [(0, 5.0)]}, [], found)
+    assert page.count('<video controls src="data:video/mp4;base64,') == 4
+    assert page.count('<img src="data:image/jpeg') == 4
+    assert "<script" not in page
+    assert re.findall(r'src="(?!data:)', page) == []
+    assert validations(tmp_path / "absent") == {}
