@@ -29,6 +29,8 @@ DDPM_KINDS = (
 """Samplers of models that were all trained by DDPM's forward process."""
 FLOW_KINDS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
+COSINE_KINDS = ("CosineDPMSolverMultistepScheduler",)
+
 
 def generators_of(keys: Sequence[int], seed: int) -> list[torch.Generator]:
     """One generator an item, on the CPU: draws do not depend on the device or on the batch."""
@@ -149,6 +151,70 @@ class FlowNoise(NoiseSchedule):
         return self.steps.to(levels_M.device)[levels_M]
 
 
+class CosineNoise(NoiseSchedule):
+    """A quarter of a circle from data to noise, x cos(a) + n sin(a) with a = pi t / 2 and t uniform
+    in [0, 1], which is the model's timestep; it predicts the velocity n cos(a) - x sin(a). As
+    Stable Audio is trained (https://github.com/Stability-AI/stable-audio-tools, ``training/
+    diffusion.py``, objective ``v``).
+
+    Args:
+        config: the ``scheduler_config.json`` of a CosineDPMSolverMultistepScheduler.
+
+    Raises:
+        ValueError: for another prediction, or data of another spread.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        prediction, spread = config.get("prediction_type", "v_prediction"), config.get("sigma_data")
+        if prediction != "v_prediction":
+            raise ValueError(f"prediction_type is {prediction!r}; expected 'v_prediction'.")
+        if spread not in (None, 1, 1.0):
+            raise ValueError(f"sigma_data is {spread}; expected 1.")
+        self.sigmas = (float(config.get("sigma_max", 500)), float(config.get("sigma_min", 0.3)))
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        return torch.cat([torch.rand(1, generator=g) for g in generators])
+
+    def noised(self, x: Tensor, n: Tensor, levels_M: Tensor) -> Tensor:
+        cos, sin = _circle(levels_M, x)
+        return cos * x + sin * n
+
+    def target(self, x: Tensor, n: Tensor, levels_M: Tensor) -> Tensor:
+        cos, sin = _circle(levels_M, x)
+        return cos * n - sin * x
+
+    def timesteps(self, levels_M: Tensor) -> Tensor:
+        return levels_M
+
+    def weights(self, levels_M: Tensor, min_snr: float) -> Tensor:
+        if not min_snr:
+            return super().weights(levels_M, 0.0)
+        snr = (levels_M * torch.pi / 2).tan().square().reciprocal()
+        return torch.minimum(min_snr / (snr + 1), 1 / (1 + 1 / snr))
+
+    def sampled(self, steps: int) -> list[float]:
+        """Times of a sampler, from most noise to least: n/x falls from ``sigma_max`` to
+        ``sigma_min`` by equal factors.
+        """
+        most, least = (torch.tensor(sigma, dtype=torch.float64).log() for sigma in self.sigmas)
+        ratios = torch.linspace(float(most), float(least), steps, dtype=torch.float64).exp()
+        return (ratios.atan() * 2 / torch.pi).tolist()
+
+    @staticmethod
+    def step(noisy: Tensor, velocity: Tensor, time: float, after: float) -> Tensor:
+        """Latents at the time ``after``, by DDIM (arXiv:2010.02502): the same data and noise, mixed
+        anew.
+        """
+        turn = torch.tensor((after - time) * torch.pi / 2)
+        return turn.cos() * noisy + turn.sin() * velocity
+
+
+def _circle(levels_M: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, to be multiplied with latents like x."""
+    angle = (levels_M * torch.pi / 2).to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return angle.cos().to(x), angle.sin().to(x)
+
+
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """The process that a model's scheduler tells of.
 
@@ -160,7 +226,9 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
         return DDPMNoise(config)
     if name in FLOW_KINDS or config.get("use_flow_sigmas"):
         return FlowNoise(config)
+    if name in COSINE_KINDS:
+        return CosineNoise(config)
     raise ValueError(
         f"the scheduler is {name or 'not named'}; how such a model is trained is known for "
-        f"{[*DDPM_KINDS, *FLOW_KINDS]}."
+        f"{[*DDPM_KINDS, *FLOW_KINDS, *COSINE_KINDS]}."
     )

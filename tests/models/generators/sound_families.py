@@ -9,11 +9,14 @@ import diffusers
 import numpy as np
 import soundfile
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoTokenizer, T5EncoderModel
 
 from mmfusion.models.generators.audio_ldm import AudioLDM
 from mmfusion.models.generators.audio_ldm_2 import AudioLDM2
+from mmfusion.models.generators.stable_audio import StableAudio
 from mmfusion.types import Conditioning, Media
 from tests.models.generators import tiny_sound
 from tests.models.generators.families import Family
@@ -101,6 +104,58 @@ class AudioLDM2Family(Sounds):
         return g.denoiser(
             noisy, time, encoder_hidden_states=given.tokens[:, :4, :16], encoder_hidden_states_1=t5
         ).sample
+
+
+class StableAudioFamily(Sounds):
+    save = staticmethod(tiny_sound.save_stable_audio)
+    made_shape = (128, 2)
+    misfits = (
+        ("text_encoder", {"d_model": 48}, "text of width 32, its text encoder gives 48"),
+        ("projection_model", {"conditioning_dim": 9}, "of width 8, its text encoder gives 9"),
+        ("vae", {"decoder_input_channels": 4}, "latents of width 3, its VAE gives 4"),
+    )
+
+    def make(self, path: str, **options: Any) -> Any:
+        return StableAudio(path, text_tokens=6, **options)
+
+    def pipeline(self, path: str) -> Any:
+        """Of its components: its own sampler needs torchsde."""
+        kinds = {
+            "vae": diffusers.AutoencoderOobleck,
+            "text_encoder": T5EncoderModel,
+            "projection_model": diffusers.StableAudioProjectionModel,
+            "tokenizer": AutoTokenizer,
+            "transformer": diffusers.StableAudioDiTModel,
+        }
+        made = {name: kind.from_pretrained(path, subfolder=name) for name, kind in kinds.items()}
+        sampler = diffusers.EDMDPMSolverMultistepScheduler()
+        return diffusers.StableAudioPipeline(**made, scheduler=sampler)
+
+    def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
+        texts = (captions, [""] * len(captions))
+        with torch.no_grad():
+            ours, none = (self.pipeline(path).encode_prompt(text, "cpu", False) for text in texts)
+        return Conditioning(ours), Conditioning(none)
+
+    def latents(self, g: Any, tensors: dict[str, Tensor], draw: torch.Generator) -> Tensor:
+        stereo = tensors["samples"][:, None].repeat(1, 2, 1)
+        posterior = g.vae.encode(stereo).latent_dist
+        return posterior.mean + posterior.std * torch.randn(3, 16, generator=draw)
+
+    def loss(self, g: Any, x: Tensor, given: Conditioning, draw: torch.Generator) -> Tensor:
+        """stable-audio-tools' training/diffusion.py, objective v, in words of one item."""
+        time = torch.rand(1, generator=draw)
+        alpha, sigma = torch.cos(time * torch.pi / 2), torch.sin(time * torch.pi / 2)
+        noise = torch.randn(x.shape[1:], generator=draw)[None]
+        found = self.predicted(g, x * alpha + noise * sigma, time, given)
+        return F.mse_loss(found, noise * alpha - x * sigma)
+
+    def predicted(self, g: Any, noisy: Tensor, time: Tensor, given: Conditioning) -> Tensor:
+        start, end = self.pipeline(g.path).encode_duration(0.0, 128 / 4000, "cpu", False, 1)
+        return g.denoiser(
+            noisy, time, torch.cat([given.tokens, start, end], 1), torch.cat([start, end], 2),
+            get_1d_rotary_pos_embed(2, 17, use_real=True, repeat_interleave_real=False),
+        ).sample  # fmt: skip
 
 
 def noise(seed: int) -> Media:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from diffusers import (
     AudioLDM2UNet2DConditionModel,
     AudioLDMPipeline,
     AutoencoderKL,
+    AutoencoderOobleck,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -31,7 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.models.generators.tiny import LETTERS, t5_text
+from tests.models.generators.tiny import LETTERS, t5_text, t5_tokenizer
 
 
 def roberta_tokenizer(longest: int = 16) -> PreTrainedTokenizerFast:
@@ -129,4 +135,37 @@ def save_audio_ldm_2(folder: Path) -> str:
         DDIMScheduler(num_train_timesteps=100), vocoder(),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def save_stable_audio(folder: Path) -> str:
+    """Windows of 128 samples at 4 kHz in stereo, 16 latents; 6 tokens of width 8."""
+    torch.manual_seed(3)
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[2, 4], decoder_channels=3,
+        decoder_input_channels=3, audio_channels=2, channel_multiples=[2, 4], sampling_rate=4000,
+    )  # fmt: skip
+    transformer = StableAudioDiTModel(
+        sample_size=16, in_channels=3, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+        num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=8, time_proj_dim=8,
+        global_states_input_dim=16, cross_attention_input_dim=8,
+    )  # fmt: skip
+    tokenizer = t5_tokenizer()
+    tokenizer.model_max_length = 6
+    pipeline = StableAudioPipeline(
+        vae, t5_text(), StableAudioProjectionModel(32, 8, 0, 32), tokenizer, transformer,
+        EDMDPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    # Its own, which diffusers makes only where torchsde is installed.
+    name = "CosineDPMSolverMultistepScheduler"
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", name]})
+    )
+    config = {
+        "_class_name": name, "prediction_type": "v_prediction", "sigma_data": 1.0,
+        "sigma_max": 500, "sigma_min": 0.3, "sigma_schedule": "exponential",
+    }  # fmt: skip
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     return str(folder)
