@@ -128,6 +128,12 @@ class FlowNoise(NoiseSchedule):
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        prediction = config.get("prediction_type", "flow_prediction")
+        if prediction != "flow_prediction":
+            raise ValueError(
+                f"prediction_type is {prediction!r} in a scheduler of flow matching; expected "
+                "'flow_prediction'."
+            )
         scheduler: Any = FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
             shift=float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1)),

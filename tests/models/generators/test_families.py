@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.noise import FlowNoise, noise_schedule
+from mmfusion.models.generators.pixart import PixArt
+from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.generators.stable_diffusion_xl import StableDiffusionXL
 from mmfusion.models.generators.wan import Wan
@@ -61,6 +64,40 @@ def test_wan_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         index.write_text(json.dumps({**values, **change}))
         with pytest.raises(ValueError, match=r"is Wan 2\.2"):
             Wan(path, 16, 16, 5)
+
+
+def test_pixart_takes_the_class_name_and_settings_of_old_pipelines(tmp_path: Path) -> None:
+    path = tiny.save_pixart(tmp_path / "pixart")
+    index, config = Path(path) / "model_index.json", Path(path) / "transformer" / "config.json"
+    values = json.loads(index.read_text())
+    values["transformer"] = ["diffusers", "Transformer2DModel"]
+    index.write_text(json.dumps(values))
+    old = {"_class_name": "Transformer2DModel", "double_self_attention": False}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **old}))
+    generator = PixArt(path)
+    for pretrained in (False, True):
+        generator.denoiser = None
+        generator.build({"denoiser"}, pretrained)
+        assert type(generator.denoiser).__name__ == "PixArtTransformer2DModel"
+
+
+def test_weights_that_are_no_safetensors_are_not_opened(tmp_path: Path) -> None:
+    path = Path(tiny.save_stable_diffusion(tmp_path / "sd"))
+    for folder, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = path / folder / f"{name}.safetensors"
+        old = "pytorch_model" if name == "model" else name
+        torch.save(load_file(file), file.with_name(f"{old}.bin"))
+        file.unlink()
+        with pytest.raises(OSError, match="safetensors"):
+            StableDiffusion(str(path)).build({{"unet": "denoiser"}.get(folder, folder)})
+
+
+def test_a_flow_that_predicts_something_else_is_refused() -> None:
+    config = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}
+    with pytest.raises(ValueError, match="'epsilon' in a scheduler of flow matching"):
+        noise_schedule({**config, "prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction'; expected one of"):
+        noise_schedule({**config, "use_flow_sigmas": False, "prediction_type": "flow_prediction"})
 
 
 def test_flow_times_lean_to_the_noise_by_the_shift_of_either_scheduler() -> None:
