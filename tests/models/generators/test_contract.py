@@ -54,6 +54,8 @@ FAMILIES: dict[str, Family] = {
     "audioldm2": AudioLDM2Family(),
     "stable-audio": StableAudioFamily(),
 }
+VARIANTS = {"sd3-without-t5", "pixart-sigma"}
+"""Of a family that is tested in another form as well; only with the slow tests."""
 KEYS = [5, 123456789]
 
 
@@ -80,7 +82,13 @@ class Case:
         return Conditioning(tokens, pooled)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
+        for name in FAMILIES
+    ],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family = FAMILIES[request.param]
     path = family.save(tmp_path_factory.mktemp(request.param) / "pipeline")
