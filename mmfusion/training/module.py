@@ -32,7 +32,7 @@ from mmfusion.models.projectors.base import Projector
 from mmfusion.models.speakers.base import Speaker
 from mmfusion.objectives.base import Loss, Objective, TargetObjective
 from mmfusion.training.checkpoint import trained_names
-from mmfusion.training.schedules import WarmupCosine
+from mmfusion.training.schedules import WarmupDecay
 from mmfusion.training.trained_weights import (
     check_order,
     check_own,
@@ -104,7 +104,7 @@ class MultimodalModule(L.LightningModule):
         generators: dict[str, Generator] | None = None,
         speaker: Speaker | None = None,
         optimizer: OptimizerCallable = adamw,
-        schedule: WarmupCosine = WarmupCosine(),  # noqa: B008 (frozen)
+        schedule: WarmupDecay = WarmupDecay(),  # noqa: B008 (frozen)
         init_from: str | None = None,
         init_drop: list[str] | None = None,
         compile: bool = False,

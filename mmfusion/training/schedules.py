@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
-class WarmupCosine:
-    """Linear warmup from 0, then half a cosine down to ``final_ratio`` of each group's rate.
+class WarmupDecay:
+    """Linear warmup from 0, then a decay to ``final_ratio`` of each group's rate.
 
     Args:
         warmup_steps: optimizer steps of warmup; None takes 3 % of the run.
         final_ratio: rate at the last step, as a share of the highest.
+        decay: along half a cosine, or a straight line.
     """
 
     warmup_steps: int | None = None
     final_ratio: float = 0.1
+    decay: Literal["cosine", "linear"] = "cosine"
 
     def factor(self, step: int, total_steps: int) -> float:
         """What the rates are multiplied by in optimizer step ``step`` (from 0)."""
@@ -27,7 +30,8 @@ class WarmupCosine:
         if step < warmup:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-        return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_ratio + (1 - self.final_ratio) * left
 
     def check(self, total_steps: int | None) -> None:
         """Refuse a run whose length is not known, or shorter than its warmup.

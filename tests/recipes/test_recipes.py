@@ -7,6 +7,7 @@ of a recipe is replaced but the number of steps. A new recipe is picked up by it
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 import shlex
@@ -21,7 +22,9 @@ from mmfusion.training.run import RunDirectory
 from tests.recipes.tiny_cache import fill
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+PARTS = sorted(ROOT.glob("recipes/**/*parts.yaml"))
+"""What several recipes share; each is laid under them by their commands."""
+RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(PARTS))
 TWO_STEPS = [
     "--trainer.max_steps=2",
     "--trainer.enable_progress_bar=false",
@@ -34,8 +37,9 @@ TWO_STEPS = [
 
 def configs(recipe: Path) -> list[Path]:
     """The recipes that the command in the file's first comment puts together."""
-    header = recipe.read_text().split("\n\n")[0]
-    command = re.search(r"mmfusion fit( -c \S+)+", header)
+    comment = itertools.takewhile(lambda line: line[0] == "#", recipe.read_text().splitlines())
+    header = " ".join(line.lstrip("# ").rstrip("\\") for line in comment)
+    command = re.search(r"mmfusion fit( +-c \S+)+", header)
     assert command, f"{recipe}: the first comment shows no `mmfusion fit -c ...` to run it with"
     words = shlex.split(command[0])
     return [ROOT / word for word in words if word.endswith(".yaml")]
@@ -66,13 +70,30 @@ def two_steps(recipe: Path) -> RunDirectory:
         assert starts, f"{recipe}: no recipe writes the run {earlier} that init_from names"
         two_steps(starts[0])
     fill(content)
-    main(["fit", *(word for file in files for word in ("-c", str(file))), *TWO_STEPS])
+    given = [word for file in files for word in ("-c", str(file))]
+    main(["fit", *given, *TWO_STEPS, *_narrow(content)])
     return RunDirectory(content["run_dir"])
+
+
+def _narrow(content: dict[str, Any]) -> list[str]:
+    """Output projectors are not read from disk, so they would have their full size."""
+    sizes = {"dim": 16, "heads": 2, "ffn_dim": 32}
+    return [
+        f"--model.output_projectors.{modality}.init_args.{name}={size}"
+        for modality, part in content["model"].get("output_projectors", {}).items()
+        if part["class_path"].endswith(".QueryDecoder")
+        for name, size in sizes.items()
+    ]
 
 
 def test_there_are_recipes():
     assert ROOT / "recipes" / "debug.yaml" in RECIPES
-    assert len(RECIPES) >= 4
+    assert len(RECIPES) >= 10
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda r: str(r.relative_to(ROOT / "recipes")))
+def test_shared_parts_are_shared(parts):
+    assert sum(parts in configs(recipe) for recipe in RECIPES) >= 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: str(r.relative_to(ROOT / "recipes")))

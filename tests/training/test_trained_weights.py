@@ -7,7 +7,7 @@ from mmfusion.cli import main
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.rebuild import from_recipe, load_module
 from mmfusion.training.resume import find
-from mmfusion.training.schedules import WarmupCosine
+from mmfusion.training.schedules import WarmupDecay
 from tests.models.tiny import save_llm
 from tests.training.tiny import fit, refused, write_recipe
 
@@ -83,7 +83,7 @@ def test_a_resumed_stage_2_needs_no_stage_1_and_takes_the_recipes_rates(home, st
     saved = read_checkpoint(find(run.path))
     group = saved["optimizer_states"][0]["param_groups"][0]
     assert (group["initial_lr"], group["weight_decay"]) == (5e-3, 0.1)
-    assert group["lr"] == pytest.approx(5e-3 * WarmupCosine(warmup_steps=2).factor(6, 6))
+    assert group["lr"] == pytest.approx(5e-3 * WarmupDecay(warmup_steps=2).factor(6, 6))
     assert saved["lr_schedulers"][0]["base_lrs"] == [5e-3]
 
 
