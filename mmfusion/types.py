@@ -19,6 +19,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that is not trained (Hugging Face's convention)."""
 
+CAPTION = "text."
+"""How the names of a target's tensors begin that hold the encoding of its caption."""
+
 Role = Literal["system", "user", "assistant"]
 MediaTensors = dict[str, Tensor]
 """What a media processor makes of one item, or (with a leading N) of the N items of a batch."""
@@ -259,6 +262,19 @@ class TargetBatch(_Tensors):
 
 
 @dataclass
+class Captions(_Tensors):
+    """Distinct captions of targets of one modality, sorted.
+
+    Attributes:
+        captions: K texts.
+        tensors: their encodings, each with leading K, where these came with the targets.
+    """
+
+    captions: list[str]
+    tensors: MediaTensors
+
+
+@dataclass
 class Conditioning(_Tensors):
     """What a generator is conditioned on. M items.
 
@@ -314,8 +330,8 @@ class Batch(_Tensors):
         step_counts: () int64 each, in ALL micro-batches of this optimizer step on this rank:
             supervised ``tokens``, and targets by modality. Summed over ranks they normalise the
             losses.
-        step_captions: by modality, the distinct captions of the targets in ALL micro-batches of
-            this optimizer step on this rank, sorted.
+        step_captions: by modality, the captions of the targets in ALL micro-batches of this
+            optimizer step on this rank; with its first micro-batch alone.
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).
@@ -331,7 +347,7 @@ class Batch(_Tensors):
     media: dict[str, MediaBatch]
     targets: dict[str, TargetBatch]
     step_counts: dict[str, Tensor]
-    step_captions: dict[str, list[str]] = field(default_factory=dict)
+    step_captions: dict[str, Captions] = field(default_factory=dict)
     samples: list[BatchSample] = field(default_factory=list)
     stream: Any = None
     _host: Batch | None = field(default=None, init=False, repr=False, compare=False)

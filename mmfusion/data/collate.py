@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mmfusion.processing.processor import Processor
 from mmfusion.types import (
+    CAPTION,
     IGNORE_INDEX,
     Batch,
     BatchSample,
+    Captions,
     EncodedSample,
     MediaBatch,
     MediaTensors,
@@ -83,9 +85,7 @@ def collate(
             "tokens": (labels != IGNORE_INDEX).sum(),
             **{name: torch.tensor(0 if t.idle else len(t.slots)) for name, t in targets.items()},
         },
-        step_captions={
-            name: [] if t.idle else sorted(set(t.captions)) for name, t in targets.items()
-        },
+        step_captions={name: _captions_of(target) for name, target in targets.items()},
         samples=[_provenance(sample) for sample in samples],
     )
     _check_slots(batch, processor)
@@ -174,6 +174,21 @@ def _target_batch(
         keys=torch.tensor(keys),
         captions=list(captions),
     )
+
+
+def _captions_of(target: TargetBatch) -> Captions:
+    if target.idle:
+        return Captions([], {})
+    encodings = {name: x for name, x in target.tensors.items() if name.startswith(CAPTION)}
+    return distinct(Captions(target.captions, encodings))
+
+
+def distinct(given: Captions) -> Captions:
+    """Each caption once, sorted."""
+    firsts = {caption: place for place, caption in reversed([*enumerate(given.captions)])}
+    captions = sorted(firsts)
+    places = torch.tensor([firsts[caption] for caption in captions], dtype=torch.int64)
+    return Captions(captions, {name: x[places] for name, x in given.tensors.items()})
 
 
 def _noise_key(ref: SampleRef | None, number: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from mmfusion.data.collate import collate
+from mmfusion.data.collate import collate, distinct
 from mmfusion.data.parcel import Parcel, pack, unpack
 from mmfusion.data.source import Source
 from mmfusion.data.state import StreamState
@@ -24,7 +24,7 @@ from mmfusion.data.stream import LocalStep, Stream, exhausted, make_order
 from mmfusion.data.validation import ValidationBatches
 from mmfusion.data.workers import Workers, leave_signals, signals_held
 from mmfusion.processing.processor import Processor
-from mmfusion.types import Batch, EncodedSample
+from mmfusion.types import Batch, Captions, EncodedSample
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,31 @@ def make_micro_batches(
         for unit in batches[0].step_counts
     }
     captions = {
-        modality: sorted(set().union(*(batch.step_captions[modality] for batch in batches)))
+        modality: _joined([batch.step_captions[modality] for batch in batches])
         for modality in batches[0].step_captions
     }
     batches = [
         replace(
             batch,
             step_counts={unit: count.clone() for unit, count in counts.items()},
-            step_captions=captions,
+            step_captions={} if i else captions,
         )
-        for batch in batches
+        for i, batch in enumerate(batches)
     ]
     batches[-1].stream = step.record
     return batches
+
+
+def _joined(given: list[Captions]) -> Captions:
+    """The distinct captions of several micro-batches."""
+    given = [one for one in given if one.captions]
+    names = given[0].tensors if given else ()
+    return distinct(
+        Captions(
+            [caption for one in given for caption in one.captions],
+            {name: torch.cat([one.tensors[name] for one in given]) for name in names},
+        )
+    )
 
 
 class _Steps(IterableDataset):

@@ -57,27 +57,24 @@ class ConditionAlignment(TargetObjective):
 
     def begin_step(self, model: AnyToAnyModel, batch: Batch) -> None:
         if self.contrastive:
-            captions = batch.step_captions[self.modality]
-            encode = model.generator(self.modality).encode_text
-            self._step_texts = gather_texts(captions, encode, batch.input_ids.device)
+            encode = model.generator(self.modality).encode_captions
+            own = batch.step_captions[self.modality]
+            self._step_texts = gather_texts(own, encode, batch.input_ids.device)
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
         found, target = output.conditioning[self.modality], batch.host.targets[self.modality]
         if target.idle:
             return over_targets(0.0 * found.tokens.sum((1, 2)), target, len(batch.samples))
-        generator = model.generator(self.modality)
-        if not self.contrastive:
-            wanted = generator.encode_captions(batch.targets[self.modality])
-            return over_targets(self.distances(found, wanted), target, len(batch.samples))
-        if self.training:
+        if self.contrastive and self.training:
+            assert self._step_texts is not None, "begin_step comes before the losses of a step"
             texts = self._step_texts
         else:
-            captions = sorted(set(target.captions))
-            texts = Texts(captions, generator.encode_text(captions))
-        assert texts is not None, "begin_step comes before the losses of a step"
+            encode = model.generator(self.modality).encode_captions
+            texts = Texts(target.captions, encode(batch.targets[self.modality])).distinct()
         places = texts.places(target.captions)
         losses = self.distances(found, texts.take(places))
-        losses = losses + self.contrastive * self.info_nce(found, texts.encoding, places)
+        if self.contrastive:
+            losses = losses + self.contrastive * self.info_nce(found, texts.encoding, places)
         return over_targets(losses, target, len(batch.samples))
 
     def info_nce(self, found: Conditioning, texts: Conditioning, places_M: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mmfusion.types import Conditioning
+from mmfusion.types import Captions, Conditioning
 
 FIELDS = ("tokens", "pooled", "mask")
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -23,7 +23,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass
 class Texts:
-    """Distinct captions, sorted: in the same order however a step was divided.
+    """Captions and what a generator's text encoder makes of them.
 
     Attributes:
         captions: K.
@@ -32,6 +32,11 @@ class Texts:
 
     captions: list[str]
     encoding: Conditioning
+
+    def distinct(self) -> Texts:
+        """Each caption once, sorted: in the same order however a step was divided."""
+        captions = sorted(set(self.captions))
+        return Texts(captions, self.take(self.places(captions)))
 
     def places(self, captions: Sequence[str]) -> Tensor:
         """(M,) where each caption is.
@@ -58,36 +63,31 @@ class Texts:
 
 
 def gather_texts(
-    captions: Sequence[str],
-    encode: Callable[[Sequence[str]], Conditioning],
-    device: torch.device,
+    own: Captions, encode: Callable[[Captions], Conditioning], device: torch.device
 ) -> Texts | None:
     """The captions of all ranks, which must all call this. None where no rank has any.
 
     Args:
-        captions: of this rank, distinct and sorted; there may be none.
-        encode: a generator's text encoder, without gradients.
+        own: of this rank, distinct and sorted; there may be none.
+        encode: their encoding by a generator, without gradients.
         device: of the encodings.
     """
-    own = encode(captions) if captions else None
+    encoded = encode(own) if own.captions else None
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Texts(list(captions), own) if own else None
+        return Texts(own.captions, encoded) if encoded else None
     heads: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(heads, (list(captions), _layout(own)))
+    dist.all_gather_object(heads, (own.captions, _layout(encoded)))
     counts = [len(theirs) for theirs, _ in heads]
     if not any(counts):
         return None
     layout: Layout = next(found for _, found in heads if found)
-    all_captions = [caption for theirs, _ in heads for caption in theirs]
-    firsts = {caption: place for place, caption in reversed([*enumerate(all_captions)])}
-    distinct = sorted(firsts)
-    places = torch.tensor([firsts[caption] for caption in distinct], device=device)
     rows = {
-        name: _gather(getattr(own, name, None), counts, *layout[name], device)[places]
+        name: _gather(getattr(encoded, name, None), counts, *layout[name], device)
         for name in FIELDS
         if name in layout
     }
-    return Texts(distinct, Conditioning(**rows))
+    captions = [caption for theirs, _ in heads for caption in theirs]
+    return Texts(captions, Conditioning(**rows)).distinct()
 
 
 def _layout(encoding: Conditioning | None) -> Layout:

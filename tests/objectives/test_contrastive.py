@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from mmfusion import tuning
 from mmfusion.data.loader import Division, make_micro_batches
 from mmfusion.data.stream import LocalStep
 from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generators.stored import with_text
 from mmfusion.objectives.condition_alignment import ConditionAlignment, similarities
 from mmfusion.objectives.step_texts import Texts, gather_texts
 from mmfusion.tuning import Full
-from mmfusion.types import Batch, Conditioning, EncodedSample
+from mmfusion.types import Batch, Captions, Conditioning, EncodedSample
 from tests.models.generators.tiny import save_stable_diffusion
 from tests.models.tiny import save_llm
 from tests.objectives.test_targets import encoded, made
 
 CAPTIONS = ("w1", "w2 w3", None, "w1", "w4", None, "w5 w1", "w2")
+KNOWN = ["w1", "w2", "w2 w3", "w4", "w5 w1"]
+"""Each once, sorted."""
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +59,21 @@ def test_of_one_unit_vector_it_is_the_scalar_product() -> None:
     torch.testing.assert_close(found, ours[:, 0] @ texts[:, 0].T)
 
 
-def batches(model: AnyToAnyModel, micro_batches: int) -> list[Batch]:
+def batches(
+    model: AnyToAnyModel, micro_batches: int, samples: list[EncodedSample] | None = None
+) -> list[Batch]:
     """A step of four packs of two samples each."""
-    samples: list[EncodedSample] = encoded(model, *CAPTIONS)
+    samples = samples or encoded(model, *CAPTIONS)
     packs = [samples[i : i + 2] for i in range(0, len(samples), 2)]
     step = LocalStep(packs=packs, record=None)  # type: ignore[arg-type]
     return make_micro_batches(step, Division(4, 4 // micro_batches), model.processor(), False)
 
 
-def test_every_micro_batch_knows_the_captions_of_its_step(model: AnyToAnyModel) -> None:
-    known = {"image": ["w1", "w2", "w2 w3", "w4", "w5 w1"]}
-    assert [batch.step_captions for batch in batches(model, 4)] == [known] * 4
-    assert batches(model, 1)[0].step_captions == known
+def test_the_first_micro_batch_tells_the_captions_of_its_step(model: AnyToAnyModel) -> None:
+    first, *others = batches(model, 4)
+    assert first.step_captions == {"image": Captions(KNOWN, {})}
+    assert all(batch.step_captions == {} for batch in others)
+    assert batches(model, 1)[0].step_captions == first.step_captions
 
 
 def test_it_is_cross_entropy_over_the_distinct_captions_of_the_step(model: AnyToAnyModel) -> None:
@@ -93,10 +100,12 @@ def test_it_is_cross_entropy_over_the_distinct_captions_of_the_step(model: AnyTo
     assert int(losses[2.0].count) == 6
 
 
-def gradients(model: AnyToAnyModel, micro_batches: int) -> list[torch.Tensor]:
+def gradients(
+    model: AnyToAnyModel, micro_batches: int, samples: list[EncodedSample] | None = None
+) -> list[torch.Tensor]:
     model.zero_grad()
     objective = ConditionAlignment("image", contrastive=1.0)
-    for number, batch in enumerate(batches(model, micro_batches)):
+    for number, batch in enumerate(batches(model, micro_batches, samples)):
         if number == 0:
             objective.begin_step(model, batch)
         objective(model, model(batch), batch).total.backward()
@@ -120,7 +129,25 @@ def test_the_captions_of_a_step_are_encoded_once(
     encode = generator.encode_text
     monkeypatch.setattr(generator, "encode_text", lambda c: calls.append(list(c)) or encode(c))
     gradients(model, 4)
-    assert calls == [["w1", "w2", "w2 w3", "w4", "w5 w1"]]
+    assert calls == [KNOWN]
+
+
+def test_encodings_that_come_with_the_targets_do_as_well(
+    model: AnyToAnyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = model.generator("image")
+    live = gradients(model, 4)
+    samples = []
+    for sample in encoded(model, *CAPTIONS):
+        texts = [with_text(generator.encode_text([caption])) for caption in sample.captions]
+        targets = tuple(
+            {**target, **{name: rows[0] for name, rows in text.items()}}
+            for target, text in zip(sample.targets, texts, strict=True)
+        )
+        samples.append(replace(sample, targets=targets))
+    monkeypatch.setattr(generator, "encode_text", None)
+    for a, b in zip(live, gradients(model, 4, samples), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_evaluation_compares_the_captions_of_the_batch(model: AnyToAnyModel) -> None:
@@ -140,7 +167,7 @@ def test_a_step_that_was_not_begun_is_refused(model: AnyToAnyModel) -> None:
 
 
 def test_a_step_without_captions_has_no_texts() -> None:
-    assert gather_texts([], lambda captions: 1 / 0, torch.device("cpu")) is None
+    assert gather_texts(Captions([], {}), lambda own: 1 / 0, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("options", [{"contrastive": -1.0}, {"temperature": 0.0}])

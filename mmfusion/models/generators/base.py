@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from mmfusion.models.generators.noise import NoiseSchedule, generators_of
 from mmfusion.models.generators.stored import moments_in, text_in
 from mmfusion.processing.base import MediaProcessor
-from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors, TargetBatch
+from mmfusion.types import (
+    Captions,
+    Conditioning,
+    ConditioningSpec,
+    Media,
+    MediaTensors,
+    TargetBatch,
+)
 
 TEXT_ENCODER, VAE, DENOISER, VOCODER = "text_encoder", "vae", "denoiser", "vocoder"
 PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER, VOCODER})
@@ -122,8 +129,8 @@ class Generator(nn.Module, ABC):
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
         return self.scaled(mean + std * noise.to(mean))
 
-    def encode_captions(self, target: TargetBatch) -> Conditioning:
-        """Text encoding of the captions of M targets, without gradients. Needs the text encoder,
+    def encode_captions(self, target: TargetBatch | Captions) -> Conditioning:
+        """Text encoding of M captions, without gradients. Needs the text encoder,
         unless their encodings come with the targets.
         """
         return text_in(target.tensors) or self.encode_text(target.captions)

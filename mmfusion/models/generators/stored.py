@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmfusion.types import Conditioning, MediaTensors
+from mmfusion.types import CAPTION, Conditioning, MediaTensors
 
 MEAN, STD = "latents.mean", "latents.std"
-TOKENS, POOLED, MASK = "text.tokens", "text.pooled", "text.mask"
+TOKENS, POOLED, MASK = f"{CAPTION}tokens", f"{CAPTION}pooled", f"{CAPTION}mask"
 
 
 def moments_in(tensors: MediaTensors) -> tuple[Tensor, Tensor] | None:
