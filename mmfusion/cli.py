@@ -32,6 +32,10 @@ RECIPE_COMMANDS = {
 TOOLS = {
     "data build": ("mmfusion.tools.data_build:build", "make shards from a list of samples"),
     "data index": ("mmfusion.tools.data_index:index", "check shards and write their indexes"),
+    "data encode": (
+        "mmfusion.tools.data_encode:encode",
+        "compute what frozen parts give once, into shards",
+    ),
     "data at-step": ("mmfusion.tools.data_at_step:at_step", "the samples of an optimizer step"),
     "describe": (
         "mmfusion.tools.describe:describe",

@@ -69,6 +69,8 @@ class Media:
             end).
         caption: what it shows, in words; of media in an assistant turn, the text that a generator
             would be given to make it.
+        stored: what frozen parts made of it, as a safetensors file; None for media of sources
+            without stored features, empty where they should be there.
     """
 
     modality: str
@@ -77,6 +79,7 @@ class Media:
     start: float | None = None
     end: float | None = None
     caption: str | None = None
+    stored: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class MultimodalData(L.LightningDataModule):
         max_bad_fraction: most samples that may be unusable before the run stops.
         val_limit: validation samples of each source, evenly spread; None takes all.
         worker_start: how loader processes start: fork, spawn or forkserver; None is the platform's.
+        features: folder that `mmfusion data encode` made of this recipe: what frozen parts give is
+            read from there, and these parts are not built.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class MultimodalData(L.LightningDataModule):
         max_bad_fraction: float = 0.05,
         val_limit: int | None = None,
         worker_start: str | None = None,
+        features: str | None = None,
     ) -> None:
         super().__init__()
         counts = {
@@ -96,6 +99,7 @@ class MultimodalData(L.LightningDataModule):
         self.pad_rows, self.epochs, self.val_limit = pad_rows, epochs, val_limit
         self.max_bad_fraction = max_bad_fraction
         self.workers = Workers(num_workers, worker_start)
+        self.features = features
         self.processor: Processor | None = None
         self.managed = False
         """Whether a callback commits the steps of this module's stream."""

@@ -175,6 +175,9 @@ class Reader:
 
 
 def _size(sample: Sample) -> int:
-    """Bytes of the media and letters of the text."""
+    """Bytes of the media, with what is stored of them, and letters of the text."""
     parts = [part for message in sample.messages for part in message.content]
-    return sum(len(part.data) if isinstance(part, Media) else len(part.text) for part in parts)
+    return sum(
+        len(part.data) + len(part.stored or b"") if isinstance(part, Media) else len(part.text)
+        for part in parts
+    )

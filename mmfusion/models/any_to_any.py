@@ -27,6 +27,7 @@ from mmfusion.models.llms.base import LLM
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
 from mmfusion.models.speakers.base import Speaker
+from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.processor import Processor
 from mmfusion.processing.special_tokens import SPEECH
 from mmfusion.processing.special_tokens import signal_tokens as signals_of
@@ -61,6 +62,7 @@ class AnyToAnyModel(nn.Module):
 
     Attributes:
         needs: parts that are loaded of each generator.
+        target_processors: those that take the place of a generator's own.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class AnyToAnyModel(nn.Module):
         self._output_factories = dict(output_projectors or {})
         given = needs or {}
         self.needs = {modality: frozenset(given.get(modality, ())) for modality in self.generators}
+        self.target_processors: dict[str, MediaProcessor] = {}
         self._captioned = frozenset(captioned)
         self._processor: Processor | None = None
         self._built = False
@@ -112,15 +115,17 @@ class AnyToAnyModel(nn.Module):
         """Make every module and load its weights. The second call does nothing."""
         self.llm.build(pretrained)
         for modality in self.encoders:
-            self._encoder(modality).build(pretrained)
             if modality not in self.input_projectors:
                 self.input_projectors[modality] = self._projector(modality)
         for modality, make in self._output_factories.items():
-            generator = self.generator(modality)
             if modality not in self.output_projectors:
-                spec = generator.spec
+                spec = self.generator(modality).spec
                 self.output_projectors[modality] = make(self.llm.hidden_dim, spec)
-            generator.build(self.needs[modality], pretrained)
+        # These come last: projectors are drawn alike, whether they are loaded or stored.
+        for modality in self.encoders:
+            self._encoder(modality).build(pretrained)
+        for modality in self.generators:
+            self.generator(modality).build(self.needs[modality], pretrained)
         self._built = True
 
     def need(self, modality: str, parts: Collection[str]) -> None:
@@ -159,7 +164,10 @@ class AnyToAnyModel(nn.Module):
                 media={m: self._encoder(m).media_processor() for m in self.encoders},
                 num_tokens={m: projector.num_tokens for m, projector in projectors.items()},
                 limits=self.llm.limits(),
-                targets={m: self.generator(m).target_processor() for m in self.generators},
+                targets={
+                    m: self.target_processors.get(m) or self.generator(m).target_processor()
+                    for m in self.generators
+                },
                 signal_tokens=self.signal_tokens,
                 captioned=self._captioned,
                 speaks=self.speaker is not None,

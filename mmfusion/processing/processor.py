@@ -205,11 +205,11 @@ class Processor:
             },
             "template": self.tokenizer.chat_template,
             "placeholders": self.placeholder_ids,
-            "media": {name: _describe(processor) for name, processor in self.media.items()},
+            "media": {name: settings_of(processor) for name, processor in self.media.items()},
             "num_tokens": {name: _slot_counts(f) for name, f in self._num_tokens.items()},
         }
         if self.targets:
-            parts["targets"] = {name: _describe(target) for name, target in self.targets.items()}
+            parts["targets"] = {name: settings_of(target) for name, target in self.targets.items()}
             parts["signals"] = self.signal_ids
         if self.speech_ids:
             parts["speech"] = self.speech_ids
@@ -336,7 +336,7 @@ def _check_count(item: MediaTensors, slots: MediaSlots) -> None:
         )
 
 
-def _describe(processor: MediaProcessor) -> dict[str, Any]:
+def settings_of(processor: MediaProcessor) -> dict[str, Any]:
     """Class and settings of a media processor, as JSON."""
     kind = type(processor)
     settings = {name: _plain(value) for name, value in sorted(vars(processor).items())}

@@ -47,6 +47,7 @@ from mmfusion.training.recipe_parser import (
 )
 from mmfusion.training.resume import complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
+from mmfusion.training.stored_parts import use_features
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ class RecipeCommand(LightningCLI):
     Args:
         name: ``fit``, ``validate``, ``test`` or ``predict``; empty: only make the parts.
         args: the command's arguments.
+        stored: take what ``data.features`` holds; else the parts that make it.
     """
 
-    def __init__(self, name: str, args: Sequence[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, args: Sequence[str], stored: bool = True) -> None:
+        self.name, self.stored = name, stored
         show_messages(leads=rank() == 0)
         super().__init__(
             MultimodalModule,
@@ -144,6 +146,13 @@ class RecipeCommand(LightningCLI):
             self.config.run_dir = str(Path("runs") / name)
         self.config.run_dir = expand(self.config.run_dir)
         refuse_functions(self.config)
+
+    def instantiate_classes(self) -> None:
+        """Module and data, stored features in place of the parts that make them; the trainer."""
+        super().instantiate_classes()
+        if self.datamodule.features and self.stored:
+            name = str(next(iter(self.config.get("config") or []), "RECIPE"))
+            use_features(self.model, self.datamodule, self.recipe(), name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer of this command, with our callbacks and checkpoint files."""

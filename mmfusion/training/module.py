@@ -170,6 +170,7 @@ class MultimodalModule(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.model.build()
+            torch.manual_seed(self.seed)  # adapters are drawn alike, whatever was built
             self.groups = tune.apply(self.model, self.tuning)
         if self.init_from:
             self.inherited = load_earlier(self, self.init_from, self.init_drop)

@@ -55,6 +55,7 @@ def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModul
         raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
     path = complete_checkpoint(chosen, "loading")
     with isolate_rng():
-        module, _ = from_recipe(str(run.config))
+        # What was trained on stored features is used on new media.
+        module = RecipeCommand("", ["--config", str(run.config)], stored=False).model
         module.restore(path)
     return module

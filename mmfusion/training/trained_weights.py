@@ -70,7 +70,8 @@ def load_earlier(module: MultimodalModule, init_from: str, dropped: Sequence[str
         raise ValueError(
             f"{len(unused)} trained tensors of {path} have no place here: {unused[:4]}. Add "
             "the parts and adapters they belong to (mmfusion.tuning.LoRA with train: false "
-            "keeps adapters frozen), or leave their part behind by model.init_drop."
+            "keeps adapters frozen), or leave their part behind by model.init_drop. What a part "
+            "gives that an earlier stage trained cannot be stored (data.features)."
         )
     return loaded
 
