@@ -319,7 +319,7 @@ def losses_of_one_batch(module: Any, data: Any) -> list[float]:
     module.eval()
     losses = module._losses(module.model(batch), batch)
     assert not batch.targets["image"].idle
-    return [float(loss.total) for loss in losses.values()]
+    return [float(loss.total.detach()) for loss in losses.values()]
 
 
 def test_a_denoiser_may_train_beside_stored_encodings(home: Path) -> None:
