@@ -22,8 +22,9 @@ def test_two_ranks_on_stored_encodings_lose_what_one_does_live(tmp_path: Path) -
     stored = recipe(home, **settings, data__features=str(home / "f"))
     one, two = (run(home, *case) for case in (("one", 1, 2, live), ("two", 2, 1, stored)))
     assert len(one) == 6
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, abs=1e-5)
+    assert two[0] == pytest.approx(one[0], rel=1e-6)  # of the same weights
+    for alone, together in zip(one, two, strict=True):  # AdamW makes more of what was rounded
+        assert together == pytest.approx(alone, rel=1e-5)
     assert sorted_packs(home / "one-packs") == sorted_packs(home / "two-packs")
 
 
