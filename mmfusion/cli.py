@@ -42,6 +42,10 @@ TOOLS = {
         "parts, shapes, parameters, memory of a recipe",
     ),
     "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
+    "train-generator": (
+        "mmfusion.tools.train_generator:train_generator",
+        "a small generator from nothing, from a recipe",
+    ),
     "quickstart": (
         "mmfusion.tools.quickstart.main:quickstart",
         "train a model that sees and hears in minutes on a CPU",

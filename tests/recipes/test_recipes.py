@@ -24,7 +24,9 @@ from tests.recipes.tiny_cache import fill
 ROOT = Path(__file__).parents[2]
 PARTS = sorted(ROOT.glob("recipes/**/*parts.yaml"))
 """What several recipes share; each is laid under them by their commands."""
-RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(PARTS))
+SMALL_GENERATORS = set(ROOT.glob("recipes/**/generators/*.yaml"))
+"""Recipes of another command: tests/tools/test_train_generator.py."""
+RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(PARTS) - SMALL_GENERATORS)
 TWO_STEPS = [
     "--trainer.max_steps=2",
     "--trainer.enable_progress_bar=false",

@@ -9,6 +9,8 @@ vectors of 512 numbers is 2/512 = 0.004, and as small are its gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,6 +20,7 @@ from transformers import ClapTextModelWithProjection, SpeechT5HifiGan
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, VOCODER, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.models.generators.griffin_lim import GriffinLim
 from mmfusion.models.generators.sampling import draw_latents
 from mmfusion.models.generators.sounds import MelClip, mel_moments
 from mmfusion.processing.base import MediaProcessor
@@ -44,7 +47,7 @@ class AudioLDM(DiffusersPipeline):
         "text_encoder": Component(TEXT_ENCODER, "text_encoder", ClapTextModelWithProjection),
         "vae": Component(VAE, "vae", AutoencoderKL),
         "denoiser": Component(DENOISER, "unet", UNet2DConditionModel),
-        "vocoder": Component(VOCODER, "vocoder", SpeechT5HifiGan),
+        "vocoder": Component(VOCODER, "vocoder", SpeechT5HifiGan, aliases=("GriffinLim",)),
     }
 
     def __init__(
@@ -67,6 +70,11 @@ class AudioLDM(DiffusersPipeline):
         self.clip = MelClip(self.path, vae, self.configs["vocoder"], seconds, unet["sample_size"])
         self.window = window
 
+    def _load(self, name: str, component: Component, pretrained: bool) -> Any:
+        if name == "vocoder" and "GriffinLim" in self.index["vocoder"]:
+            component = replace(component, kind=GriffinLim)
+        return super()._load(name, component, pretrained)
+
     @property
     def spec(self) -> ConditioningSpec:
         return ConditioningSpec(1, int(self.configs["text_encoder"]["projection_dim"]))
@@ -74,7 +82,6 @@ class AudioLDM(DiffusersPipeline):
     def target_processor(self) -> MediaProcessor:
         return self.clip.processor(self.window)
 
-    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         # RoBERTa keeps two positions for itself. What is padding in all captions is left out.
         longest = int(self.configs["text_encoder"]["max_position_embeddings"]) - 2
@@ -82,6 +89,10 @@ class AudioLDM(DiffusersPipeline):
         used = int(mask.sum(1).max())
         found = self.text_encoder(ids[:, :used], attention_mask=mask[:, :used]).text_embeds
         return Conditioning(F.normalize(found, dim=-1)[:, None])
+
+    def vae_input(self, tensors: MediaTensors) -> Tensor:
+        """(M, 1, T, W)."""
+        return tensors["mel"][:, None].to(self.dtype)
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Its own text encoding of M captions, without gradients. Needs the text encoder."""
+        """Its own text encoding of M captions. Needs the text encoder."""
 
     @abstractmethod
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
@@ -129,12 +129,14 @@ class Generator(nn.Module, ABC):
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
         return self.scaled(mean + std * noise.to(mean))
 
+    @torch.no_grad()
     def encode_captions(self, target: TargetBatch | Captions) -> Conditioning:
         """Text encoding of M captions, without gradients. Needs the text encoder,
         unless their encodings come with the targets.
         """
         return text_in(target.tensors) or self.encode_text(target.captions)
 
+    @torch.no_grad()
     def encode_empty(self) -> Conditioning:
         """Text encoding of "", of one item. Needs the text encoder, unless it was stored."""
         return self.stored_empty or self.encode_text([""])

@@ -49,8 +49,13 @@ def picture_moments(vae: Any, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (N, C, H/f, W/f) of an AutoencoderKL's latents of 8 bit
     pictures.
     """
-    posterior = vae.encode(pixels_N3HW.to(vae.dtype) / 127.5 - 1).latent_dist
+    posterior = vae.encode(as_signed(pixels_N3HW, vae.dtype)).latent_dist
     return posterior.mean, posterior.std
+
+
+def as_signed(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """8 bit pictures as VAEs take them, from -1 to 1."""
+    return pixels.to(dtype) / 127.5 - 1
 
 
 def as_png(picture: Image.Image) -> Media:

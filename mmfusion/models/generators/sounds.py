@@ -88,10 +88,14 @@ class MelProcessor(ClipProcessor):
         self.hop, self.frames, self.bins, self.window = hop, frames, bins, window
 
     def __call__(self, media: Media, rng: np.random.Generator | None = None) -> MediaTensors:
+        mel = log_mel(self.wave(media), self.rate, self.hop, self.bins, self.window)
+        return {"mel": mel[: self.frames]}
+
+    def wave(self, media: Media) -> Tensor:
+        """(samples,) of the clip, its peak at ``PEAK``."""
         clip = self.clip(media)
         clip = clip - clip.mean()
-        wave = self.padded(clip * (PEAK / clip.abs().max()))
-        return {"mel": log_mel(wave, self.rate, self.hop, self.bins, self.window)[: self.frames]}
+        return self.padded(clip * (PEAK / clip.abs().max()))
 
     def idle(self) -> MediaTensors:
         return {"mel": torch.full((self.frames, self.bins), float(np.log(FLOOR)))}
@@ -170,18 +174,25 @@ def mel_moments(vae: Any, mel_MTW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_mel(wave: Tensor, rate: int, hop: int, bins: int, window: int) -> Tensor:
-    """(samples // hop + 1, bins) natural logarithms of mel-scaled magnitudes, frames centred, as
-    Tacotron 2 and AudioLDM take them (https://github.com/haoheliu/AudioLDM, ``audio/stft.py``).
+    """(..., samples // hop + 1, bins) natural logarithms of mel-scaled magnitudes, frames centred,
+    as Tacotron 2 and AudioLDM take them (https://github.com/haoheliu/AudioLDM, ``audio/stft.py``).
+
+    Args:
+        wave: (..., samples).
+        rate: samples a second.
+        hop: samples from a frame to the next.
+        bins: of the mel scale.
+        window: samples of the Fourier transform.
     """
     spectrum = torch.stft(
-        wave, window, hop, window=torch.hann_window(window), return_complex=True
+        wave, window, hop, window=torch.hann_window(window).to(wave), return_complex=True
     ).abs()
-    return (_filters(rate, bins, window) @ spectrum).clamp(min=FLOOR).log().T
+    return (mel_filters(rate, bins, window).to(wave) @ spectrum).clamp(min=FLOOR).log().mT
 
 
 @lru_cache(maxsize=4)
-def _filters(rate: int, bins: int, window: int) -> Tensor:
-    """(bins, window // 2 + 1) Slaney filters."""
+def mel_filters(rate: int, bins: int, window: int) -> Tensor:
+    """(bins, window // 2 + 1) Slaney filters, from 0 Hz to half the rate."""
     bank = mel_filter_bank(
         window // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
     )

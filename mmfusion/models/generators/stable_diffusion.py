@@ -18,6 +18,7 @@ from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPi
 from mmfusion.models.generators.pictures import (
     SquareProcessor,
     as_png,
+    as_signed,
     checked_size,
     picture_moments,
 )
@@ -64,10 +65,13 @@ class StableDiffusion(DiffusersPipeline):
     def target_processor(self) -> MediaProcessor:
         return SquareProcessor(self.size)
 
-    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         ids, _ = self.tokenize(captions, self.spec.tokens)
         return Conditioning(self.text_encoder(ids).last_hidden_state)
+
+    def vae_input(self, tensors: MediaTensors) -> Tensor:
+        """(M, 3, H, W) from -1 to 1."""
+        return as_signed(tensors["pixels"], self.dtype)
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:

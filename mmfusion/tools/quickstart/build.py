@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 from mmfusion.data.writer import ShardWriter
 from mmfusion.paths import cache_dir
-from mmfusion.tools.quickstart import concepts, datasets, pictures, sources, talks
+from mmfusion.tools.quickstart import concepts, datasets, pictures, requests, sources, talks
+from mmfusion.tools.quickstart import sounds as sound_files
 from mmfusion.tools.quickstart.concepts import fraction
 from mmfusion.tools.quickstart.datasets import Entry
 from mmfusion.tools.quickstart.folders import make_folder
@@ -23,6 +25,7 @@ from mmfusion.tools.quickstart.sources import read_pictures
 COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
 TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 2
 CLIPS_PER_PICTURE = {"train": 4, "val": 2}
+SOUNDS_OF_A_KIND = {"train": 160, "val": 16}
 
 _SOURCE_FILES = (concepts, datasets, pictures, sources, talks)
 
@@ -37,14 +40,68 @@ def build_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> dict[st
     Returns:
         The manifest: for each set and side of the split, samples and bytes by source.
     """
-    code = "".join(Path(str(module.__file__)).read_text() for module in _SOURCE_FILES)
+    origin = _origin(_SOURCE_FILES, packages, hashes)
+    folder = make_folder(cache_dir() / "data", origin, lambda out: write_all(packages, out))
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def build_media_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> dict[str, Any]:
+    """Build what is trained on to answer with media, where it is not yet there: media with captions
+    for the generators, and conversations in which they are asked for.
+
+    Args:
+        packages: unpacked packages by asset name.
+        hashes: their sha256, by asset name.
+
+    Returns:
+        The manifest, as of :func:`build_datasets`.
+    """
+    origin = _origin((*_SOURCE_FILES, requests, sound_files), packages, hashes)
+    folder = make_folder(
+        cache_dir() / "media_data", origin, lambda out: write_media_sets(packages, out)
+    )
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def write_media_sets(packages: dict[str, Path], out: Path) -> None:
+    """Write these sets and their manifest."""
+    items = read_pictures(packages, COMMITTED)
+    stamps = [item for item in items if item.source in ("stamps", "clipart")]
+    shapes = packages["easy-vqa"] / "easy_vqa" / "data"
+    drawings = [
+        *datasets.drawings(shapes / "train", "train", TRAIN_SHAPES, 2),
+        *datasets.drawings(shapes / "test", "val", VAL_SHAPES, 1),
+    ]
+    soundfont = packages["timgm6mb-soundfont"] / "usr" / "share" / "sounds" / "sf2"
+    sounds = list(datasets.named_sounds(soundfont / "TimGM6mb.sf2", SOUNDS_OF_A_KIND))
+    clips = list(datasets.motions(stamps, CLIPS_PER_PICTURE))
+    things = [
+        *requests.things(drawings, "image", "png"),
+        *requests.things(sounds, "audio", "flac"),
+        *requests.things(clips, "video", "mp4"),
+    ]
+    sets: dict[str, Iterable[Entry]] = {
+        "drawings": drawings,
+        "sounds": sounds,
+        "clips": clips,
+        "requests": requests.requests(things),
+        "remakes": requests.remakes(things),
+        "words": requests.words(things, stamps),
+    }
+    manifest = {name: write_set(out / name, entries) for name, entries in sets.items()}
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _origin(
+    modules: Sequence[ModuleType], packages: dict[str, Path], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """What sets are made from: code and packages."""
+    code = "".join(Path(str(module.__file__)).read_text() for module in modules)
     code += Path(__file__).read_text()
-    origin = {
+    return {
         "builder": hashlib.sha256(code.encode()).hexdigest(),
         "packages": {name: hashes[name] for name in sorted(packages)},
     }
-    folder = make_folder(cache_dir() / "data", origin, lambda out: write_all(packages, out))
-    return json.loads((folder / "manifest.json").read_text())
 
 
 def write_all(packages: dict[str, Path], out: Path) -> None:

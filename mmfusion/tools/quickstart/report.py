@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,19 @@ def render(
     curves: dict[str, Sequence[tuple[int, float]]],
     shown: Sequence[Shown],
     validations: Mapping[str, Sequence[Shown]] | None = None,
+    table: Iterable[tuple[str, dict[str, Any], str]] | None = None,
 ) -> str:
-    """The page. Whatever comes from data is escaped."""
+    """The page. Whatever comes from data is escaped.
+
+    Args:
+        run: that it is about.
+        figures: of the run.
+        seconds: that each step took.
+        curves: losses by step.
+        shown: held-out samples with answers.
+        validations: what each made.
+        table: lines of the table of figures (default: the understanding run's).
+    """
     environment = Environment(
         loader=PackageLoader("mmfusion.tools.quickstart", "."),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -121,7 +132,8 @@ def render(
         title=run.name,
         run=shlex.quote(str(run)),
         bounds_of_small=BOUNDS_OF_SMALL if figures["checkpoints"]["small"] else "",
-        rows=list(rows(figures)),
+        rows=list(rows(figures) if table is None else table),
+        captions="captions" in figures,
         training=figures["training"],
         memory=figures["memory_gib"],
         seconds=seconds,

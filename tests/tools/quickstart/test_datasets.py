@@ -236,3 +236,27 @@ def test_without_stamps_the_committed_set_is_read(assets):
 def test_without_any_pictures_the_error_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="pip install -e"):
         read_pictures({}, tmp_path)
+
+
+def test_drawings_are_pieces_with_the_whole_shape(tmp_path):
+    (tmp_path / "images").mkdir()
+    picture = np.full((64, 64, 3), 230, np.uint8)
+    picture[40:50, 3:20] = (0, 0, 255)
+    Image.fromarray(picture).save(tmp_path / "images" / "0.png")
+    wide = np.full((64, 64, 3), 230, np.uint8)
+    wide[10:20, 5:60] = (255, 0, 0)
+    Image.fromarray(wide).save(tmp_path / "images" / "1.png")
+    questions = [
+        ["what color is the rectangle?", "blue", 0],
+        ["what color is the rectangle?", "red", 1],
+        ["what shape is in the image?", "rectangle", 0],
+        ["what shape is in the image?", "rectangle", 1],
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    found = list(datasets.drawings(tmp_path, "train", 2, 3))
+    assert len(found) == len({entry.key for entry in found}) == 3, "the wide one does not fit"
+    for entry in found:
+        piece = np.asarray(Image.open(io.BytesIO(entry.record["png"])))
+        assert piece.shape == (32, 32, 3)
+        assert (piece[..., 0] < 100).sum() == 10 * 17
+        assert entry.record["txt"].decode() == "A blue rectangle."

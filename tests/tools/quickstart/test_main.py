@@ -27,10 +27,13 @@ ROOT = Path(__file__).parents[3]
 
 def test_recipes_are_found_and_are_those_of_the_stages():
     folder = find_recipes()
-    for name in ("1_align_input", "no_media", "3_instruct"):
+    stages = {"1_align_input", "3_instruct", "2_align_output", "4_any_to_any"}
+    for name in (*stages, "no_media"):
         recipe = yaml.safe_load((folder / f"{name}.yaml").read_text())
         assert "model" in recipe
-    assert set(main.SMALL) == {"1_align_input", "3_instruct"}
+    assert set(main.SMALL) == stages
+    generators = {path.stem for path in (folder / "generators").glob("*.yaml")}
+    assert set(main.GENERATORS) == set(main.SMALL_GENERATORS) == generators
 
 
 def test_no_media_recipe_replaces_the_projectors_and_their_rates_and_nothing_else():
@@ -50,13 +53,15 @@ def test_no_media_recipe_replaces_the_projectors_and_their_rates_and_nothing_els
         assert like["init_args"].get("stack", 1) == projector["init_args"].get("stack", 1)
 
 
-def test_both_stages_use_the_same_parts():
-    first, third = (
+def test_all_stages_use_the_same_parts():
+    first, third, second, last = (
         yaml.safe_load((find_recipes() / f"{name}.yaml").read_text())["model"]
-        for name in ("1_align_input", "3_instruct")
+        for name in ("1_align_input", "3_instruct", "2_align_output", "4_any_to_any")
     )
     for part in ("encoders", "input_projectors", "llm"):
-        assert first[part] == third[part]
+        assert first[part] == third[part] == second[part] == last[part]
+    for part in ("signal_tokens", "output_projectors", "generators", "objectives"):
+        assert second[part] == last[part]
 
 
 def test_times_of_all_starts_add_up(tmp_path, capsys):

@@ -1,0 +1,105 @@
+"""The folder of a pipeline that is yet to be trained: configurations of its components, and a
+tokenizer that is made from captions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+
+from mmfusion.models.generators.diffusers_pipeline import INDEX
+from mmfusion.models.generators.griffin_lim import GriffinLim
+
+Components = Mapping[str, Mapping[str, Any]]
+PAD, START, END = "<pad>", "<start>", "<end>"
+_KINDS = (diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel)
+
+
+def write_untrained(
+    folder: Path, pipeline: str, components: Components, captions: Iterable[str], words: int
+) -> None:
+    """Write what a generator reads before its weights are there.
+
+    Args:
+        folder: is made.
+        pipeline: name of its class in diffusers.
+        components: for each folder of the pipeline the name of its ``class`` in diffusers or
+            transformers (or our GriffinLim), and its configuration.
+        captions: that the tokenizer is made from; letter case is dropped.
+        words: size of its vocabulary.
+
+    Raises:
+        ValueError: for a class that is no model or scheduler of theirs.
+    """
+    index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": _library(_TOKENIZER)}
+    for name, given in components.items():
+        kind, config = _kind(name, given)
+        made = folder / name
+        if issubclass(kind, transformers.PreTrainedModel):
+            vocabulary = {"vocab_size": words, "pad_token_id": 0, "bos_token_id": 1}
+            kind.config_class(**{**vocabulary, "eos_token_id": 2, **config}).save_pretrained(made)
+        elif kind is GriffinLim:
+            kind(**config).save_pretrained(made)  # there is nothing to train
+        else:
+            instance: Any = kind.from_config(config)
+            instance.save_config(made)
+        index[name] = _library(kind)
+    longest = int(components["text_encoder"]["max_position_embeddings"])
+    tokenizer(captions, words, longest).save_pretrained(folder / "tokenizer")
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def tokenizer(captions: Iterable[str], words: int, longest: int) -> Any:
+    """Byte-pair encoding within words, lower case, ``<start> ... <end>``.
+
+    Args:
+        captions: that it is made from.
+        words: size of its vocabulary.
+        longest: tokens of a text.
+    """
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=words,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(captions, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, 1), (END, 2)]
+    )
+    return _TOKENIZER(
+        tokenizer_object=made, pad_token=PAD, bos_token=START, eos_token=END, unk_token=PAD,
+        model_max_length=longest,
+    )  # fmt: skip
+
+
+_TOKENIZER = transformers.PreTrainedTokenizerFast
+
+
+def _kind(name: str, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of a component, and its configuration."""
+    config = dict(given)
+    wanted = str(config.pop("class", None))
+    own = {"GriffinLim": GriffinLim}.get(wanted)
+    kind = own or getattr(diffusers, wanted, None) or getattr(transformers, wanted, None)
+    if not (isinstance(kind, type) and issubclass(kind, _KINDS)):
+        raise ValueError(
+            f"components.{name} has the class {wanted!r}; expected the name of a model or "
+            "scheduler of diffusers or transformers."
+        )
+    return kind, config
+
+
+def _library(kind: Any) -> list[str]:
+    return [kind.__module__.split(".")[0], kind.__name__]

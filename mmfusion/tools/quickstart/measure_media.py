@@ -1,0 +1,213 @@
+"""The figures of a run that answers with media, on what it was never trained on: requests in new
+words, about held-out things.
+
+What was made is judged by classifiers that saw true media only (:mod:`.judges`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmfusion.data.collate import collate
+from mmfusion.inference import Answer, Chat, load
+from mmfusion.models.generators.base import Sampling
+from mmfusion.models.generators.noise import generators_of
+from mmfusion.tools.quickstart.heldout import HeldOut, read_held_out, text_of
+from mmfusion.tools.quickstart.intervals import Estimate, ratio
+from mmfusion.tools.quickstart.judges import SmallJudge
+from mmfusion.tools.quickstart.measure import data_of, normal, right_shapes
+from mmfusion.types import Conditioning, Media, SampleRef
+
+Figures = dict[str, Any]
+
+RIGHT_BOUNDS = {"image": 0.85, "audio": 0.75, "video": 0.75}
+EMISSION_BOUND, GAIN_BOUND, DROP_BOUND = 0.95, 0.80, -0.02
+SAMPLING = Sampling(steps=20, guidance_scale=3.0)
+TOGETHER, NEW_TOKENS, NOISES = 16, 40, 4
+
+
+@dataclass(frozen=True)
+class Said:
+    """A held-out request or question, and the answer to it."""
+
+    item: HeldOut
+    answer: Answer
+
+    @property
+    def wanted(self) -> str:
+        """Modality of the true answer, empty for words."""
+        return str(self.item.about.get("modality", ""))
+
+    @property
+    def made(self) -> list[Media]:
+        """Media of the modality that was wanted."""
+        return [medium for medium in self.answer.media if medium.modality == self.wanted]
+
+
+def measure_media(
+    run: Path, before: Path, judges: Mapping[str, SmallJudge], limit: int, questions: int
+) -> tuple[Figures, list[Said]]:
+    """All figures of the run, and what it said.
+
+    Args:
+        run: that answers with media.
+        before: the understanding run it began from.
+        judges: one for each modality, built.
+        limit: the most requests of a modality, and questions that words answer.
+        questions: about shapes, to both runs.
+    """
+    data, chat = data_of(run), load(run)
+    print("   requests in new words, and questions that words answer", flush=True)
+    asked = _per_modality(read_held_out(data.val_sources["requests"]), limit)
+    in_words = read_held_out(data.val_sources["words"], limit)
+    in_words += [_first_turn(item) for item in read_held_out(data.val_sources["talks"], limit)]
+    said = answers(chat, [*asked, *in_words])
+    remade = answers(chat, _per_modality(read_held_out(data.val_sources["remakes"]), limit // 2))
+    print("   conditioning against the captions' own", flush=True)
+    figures: Figures = {
+        "right": right_figures(said, judges, RIGHT_BOUNDS),
+        "remade": right_figures(remade, judges, {}),
+        "judges": {name: judge_figure(judge, asked) for name, judge in judges.items()},
+        "emission": emission_figure(said),
+        "denoising": {name: denoising_figures(chat, asked, name) for name in chat.makes},
+    }
+    print(f"   shapes: answers to {questions} questions, before and after", flush=True)
+    found = {
+        name: right_shapes(model, data.val_sources["shapes"], questions)
+        for name, model in (("after", chat), ("before", load(before)))
+    }
+    figures["understanding"] = drop_figures(found)
+    return figures, [*said, *remade]
+
+
+def _per_modality(items: Sequence[HeldOut], limit: int) -> list[HeldOut]:
+    groups: dict[str, list[HeldOut]] = defaultdict(list)
+    for item in items:
+        groups[item.about["modality"]].append(item)
+    return [item for name in sorted(groups) for item in groups[name][:limit]]
+
+
+def _first_turn(item: HeldOut) -> HeldOut:
+    return replace(item, sample=replace(item.sample, messages=item.sample.messages[:2]))
+
+
+def answers(chat: Chat, items: Sequence[HeldOut]) -> list[Said]:
+    """Greedy answers to the first turns, each with media drawn from its own seed."""
+    found: list[Said] = []
+    for start in range(0, len(items), TOGETHER):
+        group = items[start : start + TOGETHER]
+        prompts: Any = [list(item.sample.messages[:1]) for item in group]
+        sampling = replace(SAMPLING, seed=start)
+        said = chat.generate(prompts, max_new_tokens=NEW_TOKENS, sampling=sampling)
+        found += [Said(item, answer) for item, answer in zip(group, said, strict=True)]
+    return found
+
+
+def right_figures(
+    said: Sequence[Said], judges: Mapping[str, SmallJudge], bounds: Mapping[str, float]
+) -> dict[str, Estimate]:
+    """By modality, how often what was made shows what was asked for. No medium is not right."""
+    figures = {}
+    for modality in sorted({one.wanted for one in said} - {""}):
+        group = [one for one in said if one.wanted == modality]
+        right = np.zeros(len(group))
+        made = [i for i, one in enumerate(group) if one.made]
+        seen = judges[modality].classify([group[i].made[0] for i in made]) if made else []
+        for i, found in zip(made, seen, strict=True):
+            right[i] = found == judges[modality].labels(_truth(group[i].item))
+        names = [one.item.concept for one in group]
+        figures[modality] = ratio(right, np.ones(len(group)), names, bounds.get(modality))
+    return figures
+
+
+def _truth(item: HeldOut) -> Media:
+    """The true medium, with its caption."""
+    return item.sample.targets[0]
+
+
+def judge_figure(judge: SmallJudge, asked: Sequence[HeldOut]) -> Estimate:
+    """How often the judge is right about true media."""
+    items = [item for item in asked if _truth(item).modality == judge.processor().modality]
+    media = [_truth(item) for item in items]
+    right = [seen == judge.labels(m) for seen, m in zip(judge.classify(media), media, strict=True)]
+    return ratio(np.array(right, float), np.ones(len(items)), [item.concept for item in items])
+
+
+def emission_figure(said: Sequence[Said]) -> Estimate:
+    """F1 of answering with the modality that is wanted, and with none where words are."""
+    twice, total = np.zeros(len(said)), np.zeros(len(said))
+    for i, one in enumerate(said):
+        given = {medium.modality for medium in one.answer.media}
+        wanted = {one.wanted} - {""}
+        twice[i] = 2 * len(given & wanted)
+        total[i] = len(given) + len(wanted)
+    return ratio(twice, total, [one.item.concept for one in said], EMISSION_BOUND)
+
+
+@torch.no_grad()
+def denoising_figures(chat: Chat, asked: Sequence[HeldOut], modality: str) -> dict[str, Estimate]:
+    """Denoising losses under our conditioning, the caption's own and that of "", each with the same
+    noise; and the share of the caption's gain over "" that ours has.
+    """
+    generator = chat.model.generator(modality)
+    items = [item for item in asked if item.about["modality"] == modality]
+    losses: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(items), TOGETHER):
+        group = items[start : start + TOGETHER]
+        encoded = [
+            chat.processor.encode(item.sample, ref=SampleRef("requests", 0, start + i))
+            for i, item in enumerate(group)
+        ]
+        batch = collate(encoded, chat.processor)
+        keys = list(range(start, start + len(group)))
+        target = batch.targets[modality]
+        latents = generator.encode_media(target.tensors, generators_of(keys, 1))
+        caption = generator.encode_captions(target)
+        empty = generator.encode_empty()
+        given = {
+            "ours": chat.model(batch).conditioning[modality],
+            "caption": caption,
+            "empty": Conditioning(empty.tokens.expand(len(group), -1, -1)),
+        }
+        for name, conditioning in given.items():
+            drawn = [
+                generator.denoising_loss(latents, conditioning, [k + (n << 32) for k in keys])
+                for n in range(NOISES)
+            ]
+            losses[name] += torch.stack(drawn).mean(0).tolist()
+    concepts = [item.concept for item in items]
+    found = {name: np.array(values) for name, values in losses.items()}
+    ones = np.ones(len(items))
+    return {
+        **{name: ratio(values, ones, concepts) for name, values in found.items()},
+        "gain": ratio(
+            found["empty"] - found["ours"], found["empty"] - found["caption"], concepts, GAIN_BOUND
+        ),
+    }
+
+
+def drop_figures(found: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, Estimate]:
+    """Exact match before and after, and the difference on the same questions.
+
+    Args:
+        found: for both runs (concept, right) of each question.
+    """
+    concepts = [concept for concept, _ in found["before"]]
+    right = {name: np.array([r for _, r in rows], float) for name, rows in found.items()}
+    ones = np.ones(len(concepts))
+    return {
+        **{name: ratio(values, ones, concepts) for name, values in right.items()},
+        "change": ratio(right["after"] - right["before"], ones, concepts, DROP_BOUND),
+    }
+
+
+def words_of(one: Said) -> tuple[str, str]:
+    """What was asked and what was said, without media."""
+    return text_of(one.item.sample.messages[0]), normal(one.answer)

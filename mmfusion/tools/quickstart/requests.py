@@ -1,0 +1,255 @@
+"""Conversations in which pictures, sounds and clips are asked for, and others in which the same
+things are talked about and words are the right answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmfusion.tools.quickstart.concepts import fraction, split_of
+from mmfusion.tools.quickstart.datasets import LANGUAGES, Entry, chat_entry
+from mmfusion.tools.quickstart.pictures import MOTIONS
+from mmfusion.tools.quickstart.sources import Picture
+
+REQUESTS = {
+    "image": (
+        "Draw {thing}.",
+        "Please draw {thing} for me.",
+        "Make a picture of {thing}.",
+        "Create an image of {thing}.",
+        "I want a drawing of {thing}.",
+        "Can you show me a picture of {thing}?",
+        "Generate an image with {thing} in it.",
+        "Show me {thing}.",
+    ),
+    "audio": (
+        "Play {thing}.",
+        "Let me hear {thing}.",
+        "Make the sound of {thing}.",
+        "What does {thing} sound like?",
+        "I want to hear {thing}.",
+        "Please play the sound of {thing} for me.",
+        "Create a recording of {thing}.",
+        "Can you make it sound like {thing}?",
+    ),
+    "video": (
+        "Make a clip in which {thing}.",
+        "Show me a video where {thing}.",
+        "Create a short video: {thing}.",
+        "Film this: {thing}.",
+        "Let me see a clip in which {thing}.",
+        "I want a video where {thing}.",
+        "Generate a short clip: {thing}.",
+        "Can you film how {thing}?",
+    ),
+}
+"""How media are asked for in training."""
+
+NEW_REQUESTS = {
+    "image": (
+        "Paint {thing}.",
+        "Could you sketch {thing}?",
+        "Illustrate {thing} on a plain background.",
+        "We would love some artwork depicting {thing}.",
+    ),
+    "audio": (
+        "May we listen to {thing}?",
+        "Perform {thing} out loud.",
+        "Give us some noise from {thing}.",
+        "Produce audio of {thing}.",
+    ),
+    "video": (
+        "Animate it: {thing}.",
+        "Could we get an animation where {thing}?",
+        "Shoot footage in which {thing}.",
+        "Render a movie scene where {thing}.",
+    ),
+}
+"""How they are asked for when it is measured: none of the words that ask occurs in training."""
+
+CORNERS = {"circle": "None.", "rectangle": "Four.", "triangle": "Three."}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What can be asked for, with a medium that shows it.
+
+    Attributes:
+        split: side of the split.
+        key: fit for a shard key.
+        modality: of the medium.
+        caption: ``A blue circle.``
+        extension: of the medium's file.
+        data: the file.
+        about: what else the record's ``json`` says of it.
+    """
+
+    split: str
+    key: str
+    modality: str
+    caption: str
+    extension: str
+    data: bytes
+    about: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """The caption within a sentence: ``a blue circle``."""
+        return self.caption[:1].lower() + self.caption[1:].rstrip(".!?")
+
+
+def things(entries: Iterable[Entry], modality: str, extension: str) -> Iterator[Thing]:
+    """Entries of one medium with its caption, as things."""
+    for entry in entries:
+        about = json.loads(entry.record["json"])
+        caption = entry.record["txt"].decode()
+        data = entry.record[extension]
+        yield Thing(entry.split, entry.key, modality, caption, extension, data, about)
+
+
+def requests(things: Iterable[Thing]) -> Iterator[Entry]:
+    """Each thing asked for in one way; what is held out, in new words. Half of the answers say what
+    they show.
+    """
+    for thing in things:
+        ways = (REQUESTS if thing.split == "train" else NEW_REQUESTS)[thing.modality]
+        asked = _chosen(ways, f"request for {thing.key}").format(thing=thing.words)
+        yield _asked(thing, f"ask-{thing.key}", asked, source=f"asks-{thing.modality}")
+
+
+def remakes(things: Sequence[Thing]) -> Iterator[Entry]:
+    """A picture of a shape and the wish for it in another color; a clip of something and the wish
+    for another motion.
+    """
+    groups: dict[tuple[str, str], list[Thing]] = defaultdict(list)
+    for thing in things:
+        if thing.modality in _KEPT:
+            groups[thing.split, _KEPT[thing.modality](thing.caption)].append(thing)
+    for group in groups.values():
+        for thing in group:
+            others = [other for other in group if other.caption != thing.caption]
+            if others:
+                yield _remake(thing, _chosen(others, f"remake of {thing.key}"))
+
+
+def _remake(thing: Thing, wanted: Thing) -> Entry:
+    if thing.modality == "image":
+        asked = f"Draw the same shape in {wanted.words.split()[1]}."
+    else:
+        motion = next(m for m in MOTIONS.values() if wanted.words.endswith(m))
+        asked = f"Now film it so that it {motion}."
+    given = {f"given.{thing.extension}": thing.data}
+    content: list[Any] = [
+        {"type": thing.modality, thing.modality: f"given.{thing.extension}"},
+        {"type": "text", "text": f"\n{asked}"},
+    ]
+    return _asked(wanted, f"remake-{thing.key}", content, given, source=f"remakes-{thing.modality}")
+
+
+def _shape(caption: str) -> str:
+    return caption.rstrip(".").split()[-1]
+
+
+def _subject(caption: str) -> str:
+    motion = next(m for m in MOTIONS.values() if caption.rstrip(".").endswith(m))
+    return caption.removesuffix(f" {motion}.")
+
+
+_KEPT = {"image": _shape, "video": _subject}
+"""What a remake keeps of a caption."""
+
+
+def _asked(
+    thing: Thing, key: str, asked: Any, given: Mapping[str, bytes] | None = None, **about: Any
+) -> Entry:
+    medium = {
+        "type": thing.modality,
+        thing.modality: f"made.{thing.extension}",
+        "caption": thing.caption,
+    }
+    said = {"type": "text", "text": _SAYING[thing.modality].format(thing=thing.words)}
+    answer = [said, medium] if fraction(f"words for {key}") < 0.5 else [medium]
+    entry = chat_entry(
+        thing.split,
+        key,
+        {**(given or {}), f"made.{thing.extension}": thing.data},
+        [(asked, answer)],
+        **{**thing.about, **about, "modality": thing.modality, "caption": thing.caption},
+    )
+    return entry
+
+
+_SAYING = {
+    "image": "Here is {thing}. ",
+    "audio": "This is {thing}. ",
+    "video": "Here {thing}. ",
+}
+
+
+def words(things: Iterable[Thing], pictures: Iterable[Picture]) -> Iterator[Entry]:
+    """Questions about the same things that words answer."""
+    for thing in things:
+        new = thing.split != "train"
+        pairs = _QUESTIONS[thing.modality](thing, new)
+        question, answer = _chosen(pairs, f"question about {thing.key}")
+        yield _worded(thing.split, f"words-{thing.key}", question, answer, thing.about["concept"])
+    for picture in pictures:
+        known = sorted(set(picture.translations) & set(LANGUAGES))
+        if known:
+            split = split_of(picture.concept)
+            language = _chosen(known, f"words in a language for {picture.name}")
+            asked = "What is {} in {}?" if split == "train" else "Translate {} into {}."
+            question = asked.format(f"\u201c{picture.caption}\u201d", LANGUAGES[language])
+            answer = picture.translations[language]
+            yield _worded(split, f"words-{picture.name}", question, answer, picture.concept)
+
+
+def _worded(split: str, key: str, question: str, answer: str, concept: str) -> Entry:
+    return chat_entry(split, key, {}, [(question, answer)], concept=concept, source="words")
+
+
+def _about_shape(thing: Thing, new: bool) -> list[tuple[str, str]]:
+    _, color, shape = thing.words.split()
+    corners = CORNERS[shape]
+    if new:
+        return [
+            (f"Name the color of {thing.words}.", f"{color.capitalize()}."),
+            (f"Count the corners of {thing.words}.", corners),
+        ]
+    return [
+        (f"What color is {thing.words}?", f"{color.capitalize()}."),
+        (f"How many corners does {thing.words} have?", corners),
+        (f"Which shape is {thing.words}?", f"A {shape}."),
+    ]
+
+
+def _about_sound(thing: Thing, new: bool) -> list[tuple[str, str]]:
+    animal = "Yes." if thing.words == "a bird" else "No."
+    ask = "Would you call {} an animal?" if new else "Is {} an animal?"
+    spell = "Spell out the words {}." if new else "How do you write {}?"
+    return [
+        (ask.format(thing.words), animal),
+        (spell.format(thing.words), f"You write it \u201c{thing.words}\u201d."),
+    ]
+
+
+def _about_clip(thing: Thing, new: bool) -> list[tuple[str, str]]:
+    motion = MOTIONS[thing.about["motion"]]
+    subject = thing.words.removesuffix(f" {motion}")
+    if new:
+        return [(f"Someone says that {thing.words}. Repeat who.", f"{subject.capitalize()}.")]
+    return [
+        (f"If {thing.words}, what does it do?", f"It {motion}."),
+        (f"If {thing.words}, who does that?", f"{subject.capitalize()}."),
+    ]
+
+
+_QUESTIONS = {"image": _about_shape, "audio": _about_sound, "video": _about_clip}
+
+
+def _chosen(options: Sequence[Any], why: str) -> Any:
+    return options[int(fraction(why) * len(options))]

@@ -1,0 +1,203 @@
+"""``mmfusion train-generator``: a small generator from nothing, on media with captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from mmfusion.data.source import Source
+from mmfusion.data.whole_file import write_whole
+from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
+from mmfusion.models.generators.diffusers_pipeline import DiffusersPipeline
+from mmfusion.models.generators.untrained import write_untrained
+from mmfusion.paths import expand
+from mmfusion.training.generator_fits import (
+    AutoencoderFit,
+    DenoiserFit,
+    Effort,
+    GeneratorFit,
+    moments,
+    run_fit,
+)
+from mmfusion.types import DataError, Media
+
+STATE = "training.json"
+
+
+def train_generator(
+    recipe: str, out: str, overwrite: bool = False, overrides: list[str] | None = None
+) -> None:
+    """Train a small text-to-media generator from nothing, as the quickstart's are.
+
+    Run the same line again after an interruption: what is trained is not trained again.
+
+    Args:
+        recipe: YAML file with the arguments of mmfusion.tools.train_generator.SmallGenerator.
+        out: folder of the pipeline; appears when it is whole.
+        overwrite: replace what another recipe made there.
+        overrides: recipe values, as ``--denoiser.steps=100``.
+    """
+    made, target = read_recipe(recipe, overrides or ()), Path(expand(out))
+    if target.exists():
+        if _state(target).get("origin") == made.origin:
+            print(f"{target} is there already.")
+            return
+        if not overwrite:
+            raise ValueError(
+                f"{target} is there, and not made by this recipe; choose another --out, or replace "
+                "it with --overwrite."
+            )
+    aside = target.with_name(f".{target.name}.partial")
+    made.train(aside)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    print(f"{target} is trained.")
+
+
+def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> SmallGenerator:
+    """The recipe of a small generator."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SmallGenerator)
+    parser.add_argument("--config", action="config")
+    try:
+        parsed = parser.parse_args([f"--config={expand(recipe)}", *overrides])
+    except ArgumentError as error:
+        raise ValueError(f"{recipe}: {error}") from None
+    made = vars(parser.instantiate(parsed))
+    return SmallGenerator(**{name: value for name, value in made.items() if name != "config"})
+
+
+class SmallGenerator:
+    """A generator that is to be trained, and on what.
+
+    Args:
+        generator: family of the generator; its path is filled in.
+        pipeline: class of the pipeline in diffusers, which can load the folder as well.
+        components: for each folder of the pipeline its class and configuration.
+        source: conversations whose answers hold the media, with captions.
+        autoencoder: how long the VAE is trained.
+        denoiser: how long the denoiser and the text encoder are.
+        words: vocabulary of the text encoder.
+        divergence: weight of the divergence of the VAE's latents from a normal distribution.
+        seed: of weights, order and noise.
+    """
+
+    def __init__(
+        self,
+        generator: Callable[[str], DiffusersPipeline],
+        pipeline: str,
+        components: dict[str, dict[str, Any]],
+        source: Source,
+        autoencoder: Effort,
+        denoiser: Effort,
+        words: int = 512,
+        divergence: float = 3e-5,
+        seed: int = 0,
+    ) -> None:
+        self.divergence = divergence
+        self.make, self.pipeline, self.components = generator, pipeline, components
+        self.source, self.words, self.seed = source, words, seed
+        self.autoencoder, self.denoiser = autoencoder, denoiser
+
+    @property
+    def origin(self) -> str:
+        """Changes with the recipe and its data."""
+        efforts = repr((self.autoencoder, self.denoiser))
+        parts = [self.pipeline, self.components, self.words, self.divergence, self.seed, efforts]
+        named = json.dumps([*parts, self.source.shards.dataset_id], sort_keys=True)
+        return hashlib.sha256(named.encode()).hexdigest()
+
+    def train(self, folder: Path) -> None:
+        """Fill a folder, or go on where it was left."""
+        if _state(folder).get("origin") != self.origin:
+            shutil.rmtree(folder, ignore_errors=True)
+        media = list(read_media(self.source))
+        captions = [item.caption or "" for item in media]
+        if not folder.exists():
+            write_untrained(folder, self.pipeline, self.components, captions, self.words)
+            _save_state(folder, self.origin, [])
+        parts = Parts(self.make, folder, self.origin, self.seed)
+        generator = parts.built(VAE)
+        processor: Any = generator.target_processor()
+        tensors = processor.collate([processor(item) for item in tqdm(media, "decode")])
+        if "vae" not in parts.done:
+            parts.train(AutoencoderFit(self.autoencoder, generator, self.divergence), tensors)
+        generator = parts.built(VAE, DENOISER, TEXT_ENCODER)  # its latents have their scale now
+        if generator.components["denoiser"].folder not in parts.done:
+            mean, std = moments(generator, tensors)
+            items = {"mean": mean, "std": std, "index": torch.arange(len(media))}
+            parts.train(DenoiserFit(self.denoiser, generator, captions), items)
+
+
+class Parts:
+    """A pipeline's folder while its components are trained, and which of them are.
+
+    Args:
+        make: the family.
+        folder: of the pipeline.
+        origin: of the recipe.
+        seed: of new weights.
+    """
+
+    def __init__(
+        self, make: Callable[[str], DiffusersPipeline], folder: Path, origin: str, seed: int
+    ) -> None:
+        self.make, self.folder, self.origin, self.seed = make, folder, origin, seed
+
+    @property
+    def done(self) -> list[str]:
+        """Components that are trained."""
+        return list(_state(self.folder)["done"])
+
+    def built(self, *parts: str) -> DiffusersPipeline:
+        """The generator with some parts: those that are trained from their files, others new."""
+        generator = self.make(str(self.folder))
+        torch.manual_seed(self.seed)
+        kinds = generator.components
+        trained = {kinds[name].part for name in kinds if kinds[name].folder in self.done}
+        generator.build(trained & set(parts))
+        generator.build(set(parts) - trained, pretrained=False)
+        return generator.requires_grad_(False)
+
+    def train(self, fit: GeneratorFit, items: Mapping[str, Tensor]) -> None:
+        """Run a fit on items, and keep what it trained."""
+        run_fit(fit, items, self.folder / "losses", self.seed)
+        fit.finish(items)
+        for name, module in fit.trained.items():
+            module.save_pretrained(self.folder / name)
+        _save_state(self.folder, self.origin, [*self.done, *fit.trained])
+
+
+def read_media(source: Source) -> Iterator[Media]:
+    """The answers' media, each with a caption.
+
+    Raises:
+        DataError: for a sample without them.
+    """
+    for index in range(len(source)):
+        sample = source[index]
+        for media in sample.targets:
+            if not media.caption:
+                raise DataError("no_caption", f"{sample.shard} {sample.key}: no caption.")
+            yield media
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    file = folder / STATE
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _save_state(folder: Path, origin: str, done: Sequence[str]) -> None:
+    with write_whole(str(folder / STATE)) as file:
+        file.write(json.dumps({"origin": origin, "done": list(done)}).encode())

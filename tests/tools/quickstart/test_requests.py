@@ -1,0 +1,125 @@
+"""Conversations in which media are asked for, as the converter reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from mmfusion.data.converters.conversation import Conversation
+from mmfusion.tools.quickstart.datasets import Entry
+from mmfusion.tools.quickstart.pictures import MOTIONS
+from mmfusion.tools.quickstart.requests import (
+    NEW_REQUESTS,
+    REQUESTS,
+    Thing,
+    remakes,
+    requests,
+    things,
+    words,
+)
+from mmfusion.types import Media, Sample, Text
+
+NEUTRAL = set(
+    "a an the of for in on it its this that i me we us to is can could may please".split()  # noqa: SIM905
+)
+"""Words that do not ask."""
+
+
+def thing(caption: str, modality: str, split: str = "train", **about: Any) -> Thing:
+    extension = {"image": "png", "audio": "flac", "video": "mp4"}[modality]
+    key = f"{split}-{modality}-{caption}".replace(" ", "-").rstrip(".")
+    return Thing(split, key, modality, caption, extension, key.encode(), {"concept": key, **about})
+
+
+def shapes(split: str = "train") -> list[Thing]:
+    return [
+        thing(f"A {color} {shape}.", "image", split)
+        for color in ("red", "blue", "teal")
+        for shape in ("circle", "triangle")
+    ]
+
+
+def clips(split: str = "train") -> list[Thing]:
+    return [
+        thing(f"A {name} {words}.", "video", split, motion=motion)
+        for name in ("goat", "red kite")
+        for motion, words in MOTIONS.items()
+    ]
+
+
+def sample(entry: Entry) -> Sample:
+    return Conversation()(entry.record, "shard", entry.key)
+
+
+def asking_words(templates: tuple[str, ...]) -> set[str]:
+    found = re.findall(r"[a-z]+", " ".join(templates).lower().replace("{thing}", ""))
+    return set(found) - NEUTRAL
+
+
+@pytest.mark.parametrize("modality", REQUESTS)
+def test_no_word_that_asks_when_measured_was_trained(modality: str) -> None:
+    trained = set().union(*(asking_words(ways) for ways in REQUESTS.values()))
+    assert all(way.count("{thing}") == 1 for way in (*REQUESTS[modality], *NEW_REQUESTS[modality]))
+    verbs = {way.split("{thing}")[0].split()[-1].strip(":,") for way in NEW_REQUESTS[modality]}
+    assert verbs, "each has words of its own"
+    for way in NEW_REQUESTS[modality]:
+        assert asking_words((way,)) - trained, f"{way!r} asks in trained words only"
+
+
+def test_a_request_is_answered_by_its_medium_with_its_caption() -> None:
+    made = [*requests([*shapes(), *clips(), thing("Ocean waves.", "audio")])]
+    assert len({entry.key for entry in made}) == len(made)
+    for entry in made:
+        found = sample(entry)
+        (target,) = found.targets
+        about = json.loads(entry.record["json"])
+        assert (target.modality, target.caption) == (about["modality"], about["caption"])
+        assert not found.media
+        asked = found.messages[0].content[0]
+        assert isinstance(asked, Text)
+        assert target.caption.rstrip(".")[1:] in asked.text
+    spoken = Counter(isinstance(sample(entry).messages[1].content[0], Text) for entry in made)
+    assert min(spoken[True], spoken[False]) > len(made) // 5
+
+
+def test_held_out_things_are_asked_for_in_new_words() -> None:
+    (entry,) = requests([thing("A red circle.", "image", "val")])
+    asked = sample(entry).messages[0].content[0]
+    assert isinstance(asked, Text)
+    assert asked.text in [way.format(thing="a red circle") for way in NEW_REQUESTS["image"]]
+
+
+def test_a_remake_keeps_the_shape_or_the_subject() -> None:
+    made = [sample(entry) for entry in remakes([*shapes(), *clips(), *shapes("val")])]
+    assert len(made) == len([*shapes(), *clips(), *shapes("val")])
+    for found in made:
+        (given,), (wanted,) = found.media, found.targets
+        assert isinstance(given, Media)
+        old, new = given.data.decode(), (wanted.caption or "").rstrip(".")
+        assert given.modality == wanted.modality
+        asked = "".join(p.text for p in found.messages[0].content if isinstance(p, Text))
+        if given.modality == "image":
+            assert old.split("-")[-1] == new.split()[-1]
+            assert new.split()[1] in asked
+        else:
+            assert new.split()[1] in old
+            assert any(asked.endswith(f"so that it {motion}.") for motion in MOTIONS.values())
+        assert old.startswith("val") == (wanted.data.decode().startswith("val"))
+
+
+def test_words_are_answered_by_words_about_the_same_things() -> None:
+    made = [*words([*shapes(), *clips(), thing("A bird.", "audio")], [])]
+    answers = [sample(entry).messages[1].content for entry in made]
+    assert all(len(parts) == 1 and isinstance(parts[0], Text) for parts in answers)
+    assert len({entry.key for entry in made}) == len(made)
+
+
+def test_entries_become_things() -> None:
+    entry = Entry("val", "k", {"png": b"p", "txt": b"A red circle.", "json": b'{"concept": "c"}'})
+    (found,) = things([entry], "image", "png")
+    assert found == Thing("val", "k", "image", "A red circle.", "png", b"p", {"concept": "c"})
+    assert found.words == "a red circle"

@@ -1,0 +1,184 @@
+"""Small generators from nothing: the shipped recipes, cut down to a few steps on a few media."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from mmfusion.data.writer import ShardWriter
+from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generators.stable_diffusion import StableDiffusion
+from mmfusion.tools.train_generator import read_recipe, train_generator
+from mmfusion.training.generator_fits import AutoencoderFit, DenoiserFit, Effort, run_fit
+
+RECIPES = Path("recipes/quickstart/generators")
+FEW = {"steps": 2, "batch": 4, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The shipped one, tiny, on squares of two colors with captions."""
+    folder = tmp_path_factory.mktemp("shards")
+    with ShardWriter(str(folder / "train-%06d.tar")) as writer:
+        for i in range(12):
+            pixels = np.full((32, 32, 3), 255, np.uint8)
+            pixels[8:24, 8:24] = [(200, 0, 0), (0, 0, 200)][i % 2]
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            text = ["A red square.", "A blue square."][i % 2].encode()
+            writer.write(f"{i:02d}", {"png": file.getvalue(), "txt": text})
+    tiny = yaml.safe_load((RECIPES / "image.yaml").read_text())
+    tiny["components"]["vae"]["block_out_channels"] = [8, 8, 8]
+    tiny["components"]["unet"]["block_out_channels"] = [8, 16]
+    tiny["source"]["shards"] = f"{folder}/train-*.tar"
+    tiny |= {"words": 300, "autoencoder": FEW, "denoiser": FEW}
+    return written(folder / "tiny.yaml", tiny)
+
+
+def written(file: Path, recipe: dict[str, Any]) -> str:
+    file.write_text(yaml.safe_dump(recipe))
+    return str(file)
+
+
+def train(out: Path, recipe: str, *overrides: str, overwrite: bool = False) -> None:
+    train_generator(recipe, str(out), overwrite, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("generators") / "image"
+    train(out, recipe)
+    return out
+
+
+def test_what_is_trained_is_a_generator_and_a_pipeline_of_diffusers(trained: Path) -> None:
+    generator = StableDiffusion(str(trained))
+    generator.build(PARTS)
+    given = generator.encode_text(["a red square", "A RED square"])
+    torch.testing.assert_close(given.tokens[0], given.tokens[1])
+    (made,) = generator.sample(
+        type(given)(given.tokens[:1]), generator.encode_empty(), Sampling(steps=2)
+    )
+    assert Image.open(io.BytesIO(made.data)).size == (32, 32)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        trained, safety_checker=None, feature_extractor=None, image_encoder=None
+    )
+    torch.testing.assert_close(
+        pipeline.encode_prompt(["a red square"], "cpu", 1, False, None)[0][:, :12],
+        given.tokens[:1],
+    )
+
+
+def test_latents_have_unit_variance(trained: Path) -> None:
+    scale = json.loads((trained / "vae" / "config.json").read_text())["scaling_factor"]
+    assert scale != 0.18215
+    assert 0 < scale < 100
+
+
+def test_losses_are_kept(trained: Path) -> None:
+    names = {path.parent.name for path in trained.rglob("losses/*/metrics.csv")}
+    assert names <= {"AutoencoderFit", "DenoiserFit"}
+
+
+def test_what_is_there_stays_and_another_recipe_does_not_replace_it(
+    trained: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    train(trained, recipe)
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"not made by this recipe.*--overwrite"):
+        train(trained, recipe, "--seed=1")
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_an_interrupted_training_goes_on_behind_what_is_trained(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "image"
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiserFit, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(out, recipe)
+    assert not out.exists()
+    file = tmp_path / ".image.partial" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderFit, "loss", interrupted)  # not trained again
+        train(out, recipe)
+    assert (out / "vae" / file.name).read_bytes() == weights
+
+
+def test_another_recipe_in_the_same_place_starts_anew(recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "image"
+    train(out, recipe)
+    weights = (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    train(out, recipe, "--seed=1", overwrite=True)
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() != weights
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "video"])
+def test_shipped_recipes_parse_and_name_what_exists(modality: str) -> None:
+    recipe = read_recipe(str(RECIPES / f"{modality}.yaml"))
+    assert {"vae", "unet", "text_encoder", "scheduler"} <= set(recipe.components)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--denoiser.steps=0", "steps is 0"),
+        ("--denoiser.stepz=3", "stepz"),
+        ("--source.shards=/nowhere/*.tar", "nowhere"),
+    ],
+)
+def test_bad_recipes_are_refused(recipe: str, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        train(tmp_path / "image", recipe, override)
+
+
+def test_a_class_that_is_no_model_is_refused(recipe: str, tmp_path: Path) -> None:
+    changed = yaml.safe_load(Path(recipe).read_text())
+    changed["components"]["vae"]["class"] = "AudioPipelineOutput"
+    with pytest.raises(ValueError, match=r"components\.vae has the class 'AudioPipelineOutput'"):
+        train(tmp_path / "image", written(tmp_path / "bad.yaml", changed))
+
+
+def test_media_without_a_caption_are_refused(recipe: str, tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "train-%06d.tar")) as writer:
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(file, "png")
+        writer.write("a", {"png": file.getvalue(), "txt": b" "})
+    with pytest.raises(ValueError, match=r"caption|text"):
+        train(tmp_path / "image", recipe, f"--source.shards={tmp_path}/train-*.tar")
+
+
+def test_training_lowers_both_losses(trained: Path) -> None:
+    generator = StableDiffusion(str(trained))
+    torch.manual_seed(0)
+    generator.build(PARTS, pretrained=False)
+    pixels = torch.full((8, 3, 32, 32), 40, dtype=torch.uint8)
+    fit = AutoencoderFit(Effort(60, 8, 1e-2), generator, 1e-6)
+    items = {"pixels": pixels.contiguous()}
+    before = fit.loss(items).item()
+    run_fit(fit, items, trained.parent, 0)
+    assert fit.loss(items).item() < 0.6 * before
+    mean = torch.randn(8, 4, 8, 8)
+    latents = {"mean": mean, "std": torch.zeros_like(mean), "index": torch.arange(8)}
+    last = DenoiserFit(Effort(60, 8, 5e-3), generator, [f"a {i}" for i in range(8)])
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        losses.append(last.loss(latents).item())
+        run_fit(last, latents, trained.parent, 0)
+    assert losses[1] < 0.9 * losses[0]
