@@ -70,7 +70,9 @@ def read_header(data: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
             str(name): (str(spec["dtype"]), tuple(map(int, spec["shape"])))
             for name, spec in header.items()
         }
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise _corrupt(error) from error
     return specs, {str(name): str(value) for name, value in about.items()}
 

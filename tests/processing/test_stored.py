@@ -85,6 +85,7 @@ SPEC = {"dtype": "F32", "shape": [1, 8], "data_offsets": [0, 32]}
         (header([1]), "corrupt_features"),
         (header({"features": {"dtype": "F32"}}), "corrupt_features"),
         (header({"features": {"dtype": "F32", "shape": 3}}), "corrupt_features"),
+        (header({"features": {"dtype": "F32", "shape": [float("inf")]}}), "corrupt_features"),
         (header({"__metadata__": [3]}), "corrupt_features"),
         (b"\xff" * 8 + bytes(1 << 17), "corrupt_features"),
     ],

@@ -45,7 +45,9 @@ class CLIPScore(Judge):
                 use_safetensors=True,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=False
+            )
         refuse_missing(info, self.path, "CLIPModel")
         parts = _Features(model), _Inputs(tokenizer, model.config.text_config)
         self.made, self.truth = Score(lambda: parts), Score(lambda: parts)

@@ -130,7 +130,7 @@ class AudioLDM2(DiffusersPipeline):
     def _read(self, folder: str) -> Any:
         if folder not in self._tokenizers:
             self._tokenizers[folder] = AutoTokenizer.from_pretrained(
-                self.path, subfolder=folder, revision=self.revision
+                self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
             )
         return self._tokenizers[folder]
 

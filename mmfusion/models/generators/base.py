@@ -118,8 +118,13 @@ class Generator(nn.Module, ABC):
         """
 
     def train(self, mode: bool = True) -> Any:
-        """A frozen generator stays in evaluation mode: its dropout must not act."""
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+        """What is frozen stays in evaluation mode, also beside a denoiser that trains: dropout in
+        the text encoder would move the targets of alignment.
+        """
+        super().train(mode and any(p.requires_grad for p in self.parameters()))
+        for part in self.children():
+            part.train(self.training and any(p.requires_grad for p in part.parameters()))
+        return self
 
     def encode_media(self, tensors: MediaTensors, generators: Sequence[torch.Generator]) -> Tensor:
         """Scaled latents (M, ...) of M targets, each drawn by its own generator, without gradients.
@@ -139,7 +144,11 @@ class Generator(nn.Module, ABC):
     @torch.no_grad()
     def encode_empty(self) -> Conditioning:
         """Text encoding of "", of one item. Needs the text encoder, unless it was stored."""
-        return self.stored_empty or self.encode_text([""])
+        if self.stored_empty is None:
+            return self.encode_text([""])
+        # It was read from a file; the other parts may have been moved since.
+        built = next(self.parameters(), self.stored_empty.tokens)
+        return self.stored_empty.to(built.device)
 
     def paired(
         self, conditioning: Conditioning, empty: Conditioning

@@ -172,7 +172,7 @@ class DiffusersPipeline(Generator):
         """(M, ``length``) ids and their mask (int64, 1 where valid), cut and padded."""
         if folder not in self._tokenizers:
             self._tokenizers[folder] = AutoTokenizer.from_pretrained(
-                self.path, subfolder=folder, revision=self.revision
+                self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
             )
         found = self._tokenizers[folder](
             list(captions), padding="max_length", max_length=length, truncation=True,

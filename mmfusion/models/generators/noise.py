@@ -228,10 +228,11 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
         ValueError: for a scheduler whose training is not known.
     """
     name = str(config.get("_class_name", ""))
-    if name in DDPM_KINDS and not config.get("use_flow_sigmas"):
-        return DDPMNoise(config)
-    if name in FLOW_KINDS or config.get("use_flow_sigmas"):
+    # By name alone: sampling makes an instance of the class.
+    if name in FLOW_KINDS or (name in DDPM_KINDS and config.get("use_flow_sigmas")):
         return FlowNoise(config)
+    if name in DDPM_KINDS:
+        return DDPMNoise(config)
     if name in COSINE_KINDS:
         return CosineNoise(config)
     raise ValueError(

@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, Sampling
 from mmfusion.models.generators.noise import FlowNoise, noise_schedule
 from mmfusion.models.generators.pixart import PixArt
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.generators.stable_diffusion_xl import StableDiffusionXL
 from mmfusion.models.generators.wan import Wan
-from mmfusion.types import Conditioning
+from mmfusion.tuning import LoRA
+from mmfusion.types import Captions, Conditioning
 from tests.models.generators import tiny
 
 
@@ -90,6 +91,51 @@ def test_weights_that_are_no_safetensors_are_not_opened(tmp_path: Path) -> None:
         file.unlink()
         with pytest.raises(OSError, match="safetensors"):
             StableDiffusion(str(path)).build({{"unet": "denoiser"}.get(folder, folder)})
+
+
+def test_a_frozen_text_encoder_has_no_dropout_beside_a_denoiser_that_trains(tmp_path: Path) -> None:
+    generator = PixArt(tiny.save_pixart(tmp_path / "pixart"))
+    generator.build({TEXT_ENCODER, DENOISER})
+    generator.requires_grad_(False)
+    assert generator.text_encoder.config.dropout_rate > 0
+    given = Captions(["a b"], {})
+    still = generator.eval().encode_captions(given).tokens
+    LoRA(1e-3, r=2).attach("denoiser", generator.denoiser)
+    generator.train()
+    assert generator.denoiser.training
+    assert generator.encode_captions(given).tokens.equal(still)
+    assert not generator.eval().denoiser.training
+
+
+def test_a_stored_encoding_of_no_words_is_where_the_generator_is(tmp_path: Path) -> None:
+    generator = StableDiffusion(tiny.save_stable_diffusion(tmp_path / "sd"))
+    stored = generator.stored_empty = Conditioning(torch.ones(1, 12, 32))
+    assert generator.encode_empty().tokens.equal(stored.tokens)  # nothing is built
+    generator.build({DENOISER})
+    assert generator.to("meta").encode_empty().tokens.is_meta
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(tiny.save_stable_diffusion(tmp_path / "sd"))
+    config = path / "tokenizer" / "tokenizer_config.json"
+    remote = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **remote}))
+    marker = tmp_path / "ran"
+    (path / "tokenizer" / "odd.py").write_text(f"open({str(marker)!r}, 'w')\nclass Odd: ...\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # what transformers would ask
+    generator = StableDiffusion(str(path))
+    generator.build({TEXT_ENCODER})
+    with pytest.raises(ValueError, match="custom code"):
+        generator.encode_text(["a"])
+    assert not marker.exists()
+
+
+def test_a_scheduler_is_known_by_its_class() -> None:
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    with pytest.raises(ValueError, match="the scheduler is DiffusionPipeline; how such a model"):
+        noise_schedule({**config, "_class_name": "DiffusionPipeline"})
 
 
 def test_a_flow_that_predicts_something_else_is_refused() -> None:
