@@ -191,10 +191,11 @@ class Rewriter:
         kept = dict(record)
         read_live = [item.media.data for item in items if not self._replaces(item)]
         for item in items:
-            for name in [n for n, data in record.items() if data == item.media.data]:
-                if self.media == "instead" and record[name] not in read_live:
-                    item.about["instead_of"] = name
-                    kept.pop(name, None)
+            # One member an item: others with the same bytes are of other items, or of none.
+            name = next((n for n, data in kept.items() if data == item.media.data), None)
+            if self.media == "instead" and name and item.media.data not in read_live:
+                item.about["instead_of"] = name
+                del kept[name]
         stored = [item for item in items if item.processor is not None]
         return {**kept, **{one.name: item_file(one.stored or {}, one.about) for one in stored}}
 

@@ -227,6 +227,32 @@ def test_what_an_earlier_stage_trained_stays_live(
     assert "an earlier stage trained it" in error
 
 
+class Alike(TinyConverter):
+    """Two members, one after the other."""
+
+    def __call__(self, record: Any, shard: str, key: str) -> Any:
+        from mmfusion.types import Message, Sample, Text
+
+        shown = tuple(Media("image", record[name], "png") for name in ("a.png", "b.png"))
+        return Sample((Message("user", shown), Message("assistant", (Text("w1"),))))
+
+
+def test_members_of_the_same_bytes_are_all_put_back(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "alike-%06d.tar")) as writer:
+        writer.write("0", {"a.png": b"same", "b.png": b"same"})
+    converter = {"class_path": f"{__name__}.Alike"}
+    source = {"shards": f"{tmp_path}/alike-*.tar", "converter": converter}
+    recipe = write_recipe(tmp_path, data__sources={"alike": source})
+    main(["data", "encode", str(recipe), "--out", str(tmp_path / "f"), "--media=instead"])
+    assert set(Shards(str(tmp_path / "f" / "sources")).read(0)[0]) == {
+        "media.0.safetensors", "media.1.safetensors",
+    }  # fmt: skip
+    _, data = from_recipe(str(recipe), [f"--data.features={tmp_path / 'f'}"])
+    first, second = data.sources["alike"][0].media
+    assert first.stored and first.stored != second.stored
+    assert first.data == second.data == b""
+
+
 class Edited(TinyConverter):
     """Asks with a picture and answers with the same one."""
 
