@@ -52,6 +52,11 @@ def train_generator(
         if _state(target).get("origin") == made.origin:
             print(f"{target} is there already.")
             return
+        if not (target / STATE).is_file():
+            raise ValueError(
+                f"{target} is there and holds no {STATE}: no generator was trained there, so it is "
+                "not replaced; choose another --out."
+            )
         if not overwrite:
             raise ValueError(
                 f"{target} is there, and not made by this recipe; choose another --out, or replace "
