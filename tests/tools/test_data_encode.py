@@ -249,7 +249,8 @@ def test_members_of_the_same_bytes_are_all_put_back(tmp_path: Path) -> None:
     }  # fmt: skip
     _, data = from_recipe(str(recipe), [f"--data.features={tmp_path / 'f'}"])
     first, second = data.sources["alike"][0].media
-    assert first.stored and first.stored != second.stored
+    assert first.stored
+    assert first.stored != second.stored
     assert first.data == second.data == b""
 
 

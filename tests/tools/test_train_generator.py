@@ -103,7 +103,7 @@ def test_what_is_there_stays_and_another_recipe_does_not_replace_it(
 def test_a_folder_of_something_else_is_never_replaced(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"dear")
-    with pytest.raises(ValueError, match=r"holds no training\.json: no generator was trained there"):
+    with pytest.raises(ValueError, match=r"holds no training\.json: no generator was"):
         train(tmp_path / "photos", recipe, overwrite=True)
     assert (tmp_path / "photos" / "a.png").read_bytes() == b"dear"
 
