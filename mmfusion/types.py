@@ -334,7 +334,8 @@ class Batch(_Tensors):
             supervised ``tokens``, and targets by modality. Summed over ranks they normalise the
             losses.
         step_captions: by modality, the captions of the targets in ALL micro-batches of this
-            optimizer step on this rank; with its first micro-batch alone.
+            optimizer step on this rank, where an objective reads them; with its first micro-batch
+            alone.
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).

@@ -85,7 +85,12 @@ def collate(
             "tokens": (labels != IGNORE_INDEX).sum(),
             **{name: torch.tensor(0 if t.idle else len(t.slots)) for name, t in targets.items()},
         },
-        step_captions={name: _captions_of(target) for name, target in targets.items()},
+        # Only where they are read: stored encodings, of all targets of a step, can be large.
+        step_captions={
+            name: _captions_of(target)
+            for name, target in targets.items()
+            if name in processor.step_captions
+        },
         samples=[_provenance(sample) for sample in samples],
     )
     _check_slots(batch, processor)

@@ -59,6 +59,7 @@ class AnyToAnyModel(nn.Module):
         captioned: those whose targets need a caption.
         speaker: says aloud what the LLM puts between the signal tokens of speech, which are added
             to its vocabulary.
+        step_captions: modalities of which an objective reads the captions of a whole step.
 
     Attributes:
         needs: parts that are loaded of each generator.
@@ -76,6 +77,7 @@ class AnyToAnyModel(nn.Module):
         needs: Mapping[str, Collection[str]] | None = None,
         captioned: Collection[str] = (),
         speaker: Speaker | None = None,
+        step_captions: Collection[str] = (),
     ) -> None:
         super().__init__()
         if set(encoders) != set(input_projectors):
@@ -108,6 +110,7 @@ class AnyToAnyModel(nn.Module):
         self.needs = {modality: frozenset(given.get(modality, ())) for modality in self.generators}
         self.target_processors: dict[str, MediaProcessor] = {}
         self._captioned = frozenset(captioned)
+        self._step_captions = frozenset(step_captions)
         self._processor: Processor | None = None
         self._built = False
 
@@ -171,6 +174,7 @@ class AnyToAnyModel(nn.Module):
                 signal_tokens=self.signal_tokens,
                 captioned=self._captioned,
                 speaks=self.speaker is not None,
+                step_captions=self._step_captions,
             )
         return self._processor
 

@@ -62,10 +62,12 @@ class TargetObjective(Objective):
     Attributes:
         needs: parts of the generator that it runs. What no objective needs is not loaded.
         captions: whether its targets need a caption.
+        step_captions: whether it reads ``Batch.step_captions``.
     """
 
     needs: frozenset[str] = frozenset()
     captions: bool = False
+    step_captions: bool = False
 
     def __init__(self, modality: str, weight: float = 1.0) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ class ConditionAlignment(TargetObjective):
             )
         self.distance = distance
         self.contrastive, self.temperature = contrastive, temperature
+        self.step_captions = contrastive > 0
         self._step_texts: Texts | None = None
 
     def begin_step(self, model: AnyToAnyModel, batch: Batch) -> None:

@@ -53,12 +53,13 @@ class Processor:
             tokenizer already.
         captioned: modalities whose targets need a caption.
         speaks: the signal tokens of speech are in the tokenizer.
+        step_captions: modalities of whose targets batches say the captions of the whole step.
 
     Attributes:
         tokenizer: the copy, with ``<image>``, ``<video>`` and ``<audio>`` as special tokens.
         media: as given.
         placeholder_ids: id of each modality's placeholder token.
-        targets, signal_tokens: as given.
+        targets, signal_tokens, step_captions: as given.
         signal_ids: ids of the signal tokens of each modality.
         speech_ids: those before and after words said aloud; None where it does not speak.
     """
@@ -73,6 +74,7 @@ class Processor:
         signal_tokens: Mapping[str, int] | None = None,
         captioned: Collection[str] = (),
         speaks: bool = False,
+        step_captions: Collection[str] = (),
     ) -> None:
         if set(media) != set(num_tokens):
             raise ValueError(
@@ -93,6 +95,7 @@ class Processor:
             before, after = self.tokenizer.convert_tokens_to_ids(list(SPEECH))
             self.speech_ids = before, after
         self._captioned = frozenset(captioned)
+        self.step_captions = frozenset(step_captions)
         self._renderer = ChatRenderer(
             self.tokenizer, list(self.media), signals, SPEECH if speaks else None
         )

@@ -131,6 +131,7 @@ class MultimodalModule(L.LightningModule):
             needs={m: frozenset().union(*(aim.needs for aim in found)) for m, found in of.items()},
             captioned=[m for m, found in of.items() if any(aim.captions for aim in found)],
             speaker=speaker,
+            step_captions=[m for m, found in of.items() if any(a.step_captions for a in found)],
         )
         self.objectives = nn.ModuleDict(objectives)
         # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> AnyToAnyModel:
     folder = tmp_path_factory.mktemp("contrastive")
     save_stable_diffusion(folder / "sd")
     save_llm(folder / "llm")
-    model = made(folder)
+    model = made(folder, step_captions=["image"])
     tuning.apply(model, {"output_projectors": Full(1e-3)})
     return model
 

@@ -49,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(folder: Path, projector: Any = decoder, captioned: tuple[str, ...] = ()) -> AnyToAnyModel:
+def made(
+    folder: Path, projector: Any = decoder, captioned: tuple[str, ...] = (), **options: Any
+) -> AnyToAnyModel:
     torch.manual_seed(0)
     model = AnyToAnyModel(
         {},
@@ -60,6 +62,7 @@ def made(folder: Path, projector: Any = decoder, captioned: tuple[str, ...] = ()
         {"image": StableDiffusion(str(folder / "sd"))},
         {"image": PARTS},
         captioned,
+        **options,
     )
     model.build()
     return model.eval()

@@ -312,6 +312,19 @@ def test_text_alone_may_be_stored_and_the_vae_run_live(home: Path) -> None:
     assert found[text] == pytest.approx(found[vae], abs=2e-6)
 
 
+@pytest.mark.parametrize("contrastive", [0.0, 0.5])
+def test_captions_of_the_step_come_along_only_where_they_are_read(
+    home: Path, contrastive: float
+) -> None:
+    """With stored encodings they would be all of a step's on the device at once."""
+    objectives = {"align": pictures.objective("align", contrastive=contrastive)}
+    module, data = from_recipe(str(pictures.recipe(home, model__objectives=objectives)))
+    data.attach(module.model.processor())
+    batch = next(iter(data.train_dataloader()))
+    assert batch.targets["image"].captions != [""]
+    assert list(batch.step_captions) == (["image"] if contrastive else [])
+
+
 def losses_of_one_batch(module: Any, data: Any) -> list[float]:
     data.attach(module.model.processor())
     batch = next(iter(data.train_dataloader()))
