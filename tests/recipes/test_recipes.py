@@ -78,8 +78,10 @@ def two_steps(recipe: Path) -> RunDirectory:
 
 
 def _narrow(content: dict[str, Any]) -> list[str]:
-    """Output projectors are not read from disk, so they would have their full size."""
-    sizes = {"dim": 16, "heads": 2, "ffn_dim": 32}
+    """Output projectors are not read from disk, so they would have their full size, and read layers
+    that a tiny LLM does not have.
+    """
+    sizes = {"dim": 16, "heads": 2, "ffn_dim": 32, "layers": [-1, 1]}
     return [
         f"--model.output_projectors.{modality}.init_args.{name}={size}"
         for modality, part in content["model"].get("output_projectors", {}).items()
