@@ -17,14 +17,17 @@ from mmfusion.data.writer import ShardWriter
 from mmfusion.paths import cache_dir
 from mmfusion.tools.quickstart import concepts, datasets, pictures, requests, sources, talks
 from mmfusion.tools.quickstart import sounds as sound_files
-from mmfusion.tools.quickstart.concepts import fraction
+from mmfusion.tools.quickstart.concepts import fraction, split_of
 from mmfusion.tools.quickstart.datasets import Entry
 from mmfusion.tools.quickstart.folders import make_folder
-from mmfusion.tools.quickstart.sources import read_pictures
+from mmfusion.tools.quickstart.pictures import MOTIONS
+from mmfusion.tools.quickstart.sources import Picture, read_pictures
 
 COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
 TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 2
 CLIPS_PER_PICTURE = {"train": 4, "val": 2}
+MOVING = 96
+"""Pictures that move in the clips of the generator of video."""
 SOUNDS_OF_A_KIND = {"train": 160, "val": 16}
 
 _SOURCE_FILES = (concepts, datasets, pictures, sources, talks)
@@ -74,7 +77,8 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
     ]
     soundfont = packages["timgm6mb-soundfont"] / "usr" / "share" / "sounds" / "sf2"
     sounds = list(datasets.named_sounds(soundfont / "TimGM6mb.sf2", SOUNDS_OF_A_KIND))
-    clips = list(datasets.motions(stamps, CLIPS_PER_PICTURE))
+    # Where a thing is seen in every motion, nothing but the motion tells its captions apart.
+    clips = list(datasets.motions(_moving(stamps), {"train": len(MOTIONS), "val": 2}))
     things = [
         *requests.things(drawings, "image", "png"),
         *requests.things(sounds, "audio", "flac"),
@@ -90,6 +94,15 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
     }
     manifest = {name: write_set(out / name, entries) for name, entries in sets.items()}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _moving(stamps: Sequence[Picture]) -> list[Picture]:
+    """Some that are trained on, with short captions, and all that are held out."""
+    sides: dict[str, list[Picture]] = {"train": [], "val": []}
+    for stamp in sorted(stamps, key=lambda stamp: fraction(f"clip {stamp.name}")):
+        sides[split_of(stamp.concept)].append(stamp)
+    short = [stamp for stamp in sides["train"] if len(stamp.caption.split()) <= 4]
+    return [*short[:MOVING], *sides["val"]]
 
 
 def _origin(
