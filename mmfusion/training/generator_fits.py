@@ -201,7 +201,7 @@ def run_fit(fit: Fit, items: Mapping[str, Tensor], log_dir: Path, seed: int) -> 
         precision="bf16-mixed",
         gradient_clip_val=1.0,
         logger=CSVLogger(log_dir, name=type(fit).__name__, version=""),
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, fit.effort.steps),
         enable_checkpointing=False,
         enable_model_summary=False,
         callbacks=[StepBar()],

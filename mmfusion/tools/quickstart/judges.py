@@ -81,7 +81,8 @@ class SmallJudge(ClassifierJudge):
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """(M, labels) for each aspect."""
-        found = self.net(self.seen(tensors))
+        device = next(self.net.parameters()).device
+        found = self.net(self.seen(tensors).to(device))
         return list(found.split([len(labels) for labels in self.tells.values()], dim=1))
 
     def classify(self, media: Sequence[Media]) -> list[dict[str, str]]:

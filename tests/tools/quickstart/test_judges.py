@@ -49,6 +49,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(str(folder / "train-*.tar"), converter)
 
 
+def test_a_judge_looks_where_its_weights_are() -> None:
+    judge = ShapeJudge("")
+    tensors = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}
+    assert all(found.is_meta for found in judge.to("meta").outputs(tensors))
+
+
 @pytest.fixture(scope="module")
 def judge(source: Source, tmp_path_factory: pytest.TempPathFactory) -> ShapeJudge:
     file = tmp_path_factory.mktemp("judge") / "judge.safetensors"
