@@ -217,7 +217,8 @@ class Answering:
                     [item for item in items if item.modality == modality]
                     for items in (reply.made, wanted)
                 )
-                found += zip(made, true, strict=False)
+                # Of media that features took the place of, there is no truth to look at.
+                found += [pair for pair in zip(made, true, strict=False) if pair[1].data]
             if asked.shown:
                 given, said = tuple(sample.media), (question.text, reply.text, question.truth)
                 row = Answered(ref.source, given, *said, reply.made, wanted)

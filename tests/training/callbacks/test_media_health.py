@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 
+from mmfusion.cli import main
 from mmfusion.data.collate import collate
 from mmfusion.data.reader import Budget, Reader
 from mmfusion.data.validation import spread
@@ -215,6 +216,20 @@ def test_media_are_made_and_judged_the_same_in_any_grouping(
     assert shown[0] == shown[1]
     assert shown[0].keys() >= {"val/judge/image/right/light", "val/judge/image/right_truth/light"}
     assert module.model.needs["image"] == PARTS
+
+
+def test_without_the_true_media_nothing_is_judged(home: Path, tmp_path: Path) -> None:
+    """Where features were stored instead of them."""
+    path = str(recipe(home, data__pack_tokens=48))
+    main(["data", "encode", path, "--out", str(tmp_path), "--media=instead"])
+    module, data = from_recipe(path, [f"--data.features={tmp_path}"])
+    data.val_sources = data.sources
+    module.configure_model()
+    make_emit(module.eval(), data)
+    options = {"generate_samples": 12, "media_samples": 6, "max_new_tokens": 3, "sampling": STEPS}
+    found = validated(module, data, judges={"image": Bright()}, **options)
+    assert found["val/emission/recall/image"] > 0
+    assert not any("judge" in key for key in found)
 
 
 def test_what_cannot_be_meant_is_refused(home: Path) -> None:
