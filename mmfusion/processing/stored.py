@@ -38,14 +38,17 @@ MAX_HEADER = 1 << 16
 
 Spec = tuple[str, tuple[int | None, ...]]
 """Type and shape of a tensor; None for a length that differs between items."""
+ABOUT = "about"
+"""The one key of the metadata; its value is JSON."""
 _REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _COUNT = re.compile(r"\d{1,9}")
 
 
 def item_file(tensors: MediaTensors, about: Mapping[str, str]) -> bytes:
-    """The file of an item."""
+    """The file of an item; the same bytes for the same item."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(own, metadata=dict(sorted(about.items())) or None)
+    # safetensors writes several keys in an order that changes from process to process.
+    return save(own, metadata={ABOUT: json.dumps(about, sort_keys=True)} if about else None)
 
 
 def read_header(data: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
@@ -65,7 +68,7 @@ def read_header(data: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
         if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(data[8 : 8 + length])
-        about = dict(header.pop("__metadata__", {}))
+        about = dict(json.loads(header.pop("__metadata__", {}).get(ABOUT, "{}")))
         specs: dict[str, Spec] = {
             str(name): (str(spec["dtype"]), tuple(map(int, spec["shape"])))
             for name, spec in header.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,3 +136,18 @@ def test_an_error_of_the_item_comes_where_it_would_have_come(processor: StoredPr
     assert processor.num_features(at_decoding) == 4
     with pytest.raises(DataError, match="torn"):
         processor(at_decoding)
+
+
+def test_the_same_item_is_the_same_bytes_in_another_process():
+    line = (
+        "import hashlib, torch; from mmfusion.processing.stored import item_file; "
+        "about = {'num_features': '3', 'error': 'x', 'message': 'y', 'z': '1'}; "
+        "made = item_file({'b': torch.ones(3), 'a': torch.zeros(2)}, about); "
+        "print(hashlib.sha256(made).hexdigest())"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", line], capture_output=True, text=True).stdout
+        for _ in range(3)
+    }
+    assert len(found) == 1
+    assert len(found.pop().strip()) == 64
