@@ -185,12 +185,11 @@ def denoising_figures(chat: Chat, asked: Sequence[HeldOut], modality: str) -> di
     concepts = [item.concept for item in items]
     found = {name: np.array(values) for name, values in losses.items()}
     ones = np.ones(len(items))
-    return {
-        **{name: ratio(values, ones, concepts) for name, values in found.items()},
-        "gain": ratio(
-            found["empty"] - found["ours"], found["empty"] - found["caption"], concepts, GAIN_BOUND
-        ),
-    }
+    ours, caption = found["empty"] - found["ours"], found["empty"] - found["caption"]
+    gain = ratio(ours, caption, concepts, GAIN_BOUND)
+    if ratio(caption, ones, concepts).low <= 0:  # of nothing there is no share
+        gain = Estimate(0.0, 0.0, 0.0, GAIN_BOUND)
+    return {**{name: ratio(values, ones, concepts) for name, values in found.items()}, "gain": gain}
 
 
 def drop_figures(found: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, Estimate]:
