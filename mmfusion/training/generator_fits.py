@@ -7,6 +7,7 @@ train-generator``); published ones are taken as they are. M items.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +47,16 @@ class Effort:
             )
 
 
-class Fit(L.LightningModule):
+class Fit(L.LightningModule, ABC):
     """A small thing that trains: whatever in it takes gradients."""
 
     def __init__(self, effort: Effort) -> None:
         super().__init__()
         self.effort = effort
 
+    @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """() of a batch."""
-        raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Log the loss as well."""

@@ -6,6 +6,7 @@ They share nothing with the generators but the data: not a weight, not an encode
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,13 +63,13 @@ class SmallJudge(ClassifierJudge):
             self.channels, self.pools, sum(len(labels) for labels in self.tells.values())
         )
 
+    @abstractmethod
     def processor(self) -> MediaProcessor:
         """From media to what it sees."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seen(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(M, channels, ...) of processed media."""
-        raise NotImplementedError
 
     def disturbed(self, seen: Tensor) -> Tensor:
         """Media in training, with a little noise: what is made is never as clean."""
