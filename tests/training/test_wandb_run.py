@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mmfusion import load
 from mmfusion.data.writer import ShardWriter
 from mmfusion.training.loggers import ATTEMPT, STEP, read_metrics
 from mmfusion.training.run import RunDirectory
@@ -45,15 +46,14 @@ LOGGED = {
 }
 
 
+FILES = {"image": "pictures/apple.jpg", "video": "videos/apple.mp4", "audio": "speech/apple.ogg"}
+
+
 def write_conversations(pattern: str, assets: Path) -> None:
     """One sample of each modality, and one that is spoilt."""
-    files = {
-        "image": assets / "pictures" / "apple.jpg",
-        "video": assets / "videos" / "apple.mp4",
-        "audio": assets / "speech" / "apple.ogg",
-    }
     with ShardWriter(pattern) as writer:
-        for number, (modality, path) in enumerate(files.items()):
+        for number, modality in enumerate(MODALITIES):
+            path = assets / FILES[modality]
             turns = [
                 {"role": "user", "content": f"<{modality}> w1 w{number}"},
                 {"role": "assistant", "content": f"w2 w{number}"},
@@ -74,6 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> RunDirectory:
     recipe = write_recipe(
         folder,
         wandb="auto",
+        seed_everything=1,
         trainer__max_steps=2,
         val_every_n_steps=2,
         model__encoders=encoders(folder),
@@ -120,9 +121,10 @@ def test_the_table_of_what_trains_is_there(written: list[dict[str, Any]]) -> Non
 
 
 def test_the_table_of_answered_samples_is_there_with_its_media(
-    run: RunDirectory, written: list[dict[str, Any]]
+    run: RunDirectory, written: list[dict[str, Any]], assets: Path
 ) -> None:
     table, files = tables(written, "val/samples")
+    chat = load(run.path)
     assert table["columns"] == ["step", "source", *MODALITIES, "prompt", "answer", "truth"]
     assert len(table["data"]) == 3
     for number, (modality, row) in enumerate(zip(MODALITIES, table["data"], strict=True)):
@@ -134,7 +136,10 @@ def test_the_table_of_answered_samples_is_there_with_its_media(
         assert run.path in file.parents
         assert f"<{modality}> w1 w{number}" in cells["prompt"]
         assert cells["truth"] == f"w2 w{number}"
-        assert cells["answer"]
+        medium = {"type": modality, "path": str(assets / FILES[modality])}
+        asked = [{"role": "user", "content": [medium, f" w1 w{number}"]}]
+        assert cells["answer"] == chat.generate(asked, max_new_tokens=3)
+    assert any(row[-2] for row in table["data"])
 
 
 def test_every_metric_is_there_as_in_the_csv(
