@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmfusion.data.source import Source
 from mmfusion.data.whole_file import write_whole
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
-from mmfusion.models.generators.diffusers_pipeline import DiffusersPipeline
+from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.models.generators.untrained import write_untrained
 from mmfusion.paths import expand
 from mmfusion.training.generator_fits import (
@@ -100,7 +100,7 @@ class SmallGenerator:
 
     def __init__(
         self,
-        generator: Callable[[str], DiffusersPipeline],
+        generator: Callable[[str], TrainablePipeline],
         pipeline: str,
         components: dict[str, dict[str, Any]],
         source: Source,
@@ -156,7 +156,7 @@ class Parts:
     """
 
     def __init__(
-        self, make: Callable[[str], DiffusersPipeline], folder: Path, origin: str, seed: int
+        self, make: Callable[[str], TrainablePipeline], folder: Path, origin: str, seed: int
     ) -> None:
         self.make, self.folder, self.origin, self.seed = make, folder, origin, seed
 
@@ -165,7 +165,7 @@ class Parts:
         """Components that are trained."""
         return list(_state(self.folder)["done"])
 
-    def built(self, *parts: str) -> DiffusersPipeline:
+    def built(self, *parts: str) -> TrainablePipeline:
         """The generator with some parts: those that are trained from their files, others new."""
         generator = self.make(str(self.folder))
         torch.manual_seed(self.seed)

@@ -7,11 +7,14 @@ train-generator``); published ones are taken as they are. M items.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from mmfusion.models.generators.base import Generator
-from mmfusion.models.generators.diffusers_pipeline import DiffusersPipeline
+from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.schedules import WarmupDecay
 
@@ -33,11 +36,13 @@ class Effort:
         steps: of the optimizer.
         batch: items a step.
         lr: peak rate of AdamW, after a warmup; it falls to 0.
+        precision: of the Trainer.
     """
 
     steps: int
     batch: int = 16
     lr: float = 1e-3
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.lr <= 0:
@@ -91,7 +96,7 @@ class GeneratorFit(Fit):
         trained: those components, by their folders.
     """
 
-    def __init__(self, effort: Effort, generator: DiffusersPipeline, names: Sequence[str]) -> None:
+    def __init__(self, effort: Effort, generator: TrainablePipeline, names: Sequence[str]) -> None:
         super().__init__(effort)
         self.generator: Any = generator
         kinds = generator.components
@@ -114,7 +119,7 @@ class AutoencoderFit(GeneratorFit):
         divergence: weight of the divergence.
     """
 
-    def __init__(self, effort: Effort, generator: DiffusersPipeline, divergence: float) -> None:
+    def __init__(self, effort: Effort, generator: TrainablePipeline, divergence: float) -> None:
         super().__init__(effort, generator, ["vae"])
         self.divergence = divergence
 
@@ -128,9 +133,7 @@ class AutoencoderFit(GeneratorFit):
 
     def finish(self, items: Mapping[str, Tensor]) -> None:
         """Bring the latents to unit variance, as denoisers expect them."""
-        mean, std = moments(self.generator, items)
-        variance = float(mean.var() + std.square().mean())
-        self.generator.vae.register_to_config(scaling_factor=variance**-0.5)
+        self.generator.standardize(*moments(self.generator, items))
 
 
 @torch.no_grad()
@@ -161,7 +164,7 @@ class DenoiserFit(GeneratorFit):
     def __init__(
         self,
         effort: Effort,
-        generator: DiffusersPipeline,
+        generator: TrainablePipeline,
         captions: Sequence[str],
         unnamed: float = 0.1,
     ) -> None:
@@ -197,9 +200,15 @@ def run_fit(fit: Fit, items: Mapping[str, Tensor], log_dir: Path, seed: int) -> 
         sampler=order,
         collate_fn=lambda chosen: {name: tensor[chosen] for name, tensor in items.items()},
     )
+    with _quiet():
+        _train(fit, loader, log_dir)
+    fit.eval()
+
+
+def _train(fit: Fit, loader: Any, log_dir: Path) -> None:
     trainer = L.Trainer(
         max_steps=fit.effort.steps,
-        precision="bf16-mixed",
+        precision=fit.effort.precision,
         gradient_clip_val=1.0,
         logger=CSVLogger(log_dir, name=type(fit).__name__, version=""),
         log_every_n_steps=min(10, fit.effort.steps),
@@ -214,4 +223,17 @@ def run_fit(fit: Fit, items: Mapping[str, Tensor], log_dir: Path, seed: int) -> 
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    fit.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's words about devices and tips, which are for a run of one's own."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # the other parts
+        try:
+            yield
+        finally:
+            logger.setLevel(before)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mmfusion.data.writer import ShardWriter
 from mmfusion.paths import expand
-from tests.models.generators.tiny import save_stable_diffusion, save_text_to_video_sd
+from tests.models.generators.tiny import save_stable_diffusion, save_text_to_video_sd, save_wan
 from tests.models.generators.tiny_sound import save_audio_ldm
 from tests.models.tiny import save_clip, save_llm
 
@@ -65,6 +65,7 @@ MAKERS = {
     "HFCausalLM": save_llm,
     "StableDiffusion": save_stable_diffusion,
     "TextToVideoSD": save_text_to_video_sd,
+    "Wan": save_wan,
     "AudioLDM": save_audio_ldm,
     "Piper": save_voice,
 }

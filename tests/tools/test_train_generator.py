@@ -17,6 +17,8 @@ from PIL import Image
 from mmfusion.data.writer import ShardWriter
 from mmfusion.models.generators.base import PARTS, VAE, Sampling
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
+from mmfusion.models.generators.wan import Wan
+from mmfusion.tools.quickstart.pictures import encode_mp4
 from mmfusion.tools.train_generator import read_media, read_recipe, train_generator
 from mmfusion.training.generator_fits import (
     AutoencoderFit,
@@ -94,6 +96,43 @@ def test_latents_have_unit_variance(trained: Path, recipe: str) -> None:
     assert float(torch.stack(drawn).var()) == pytest.approx(1, rel=0.02)
 
 
+def test_a_generator_of_clips_is_trained_alike(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "train-%06d.tar")) as writer:
+        for i in range(6):
+            frames = [Image.new("RGB", (32, 32), (40 * i, 20 * t, 90)) for t in range(12)]
+            text = ["A thing goes up.", "A thing goes down."][i % 2].encode()
+            writer.write(f"{i:02d}", {"mp4": encode_mp4(frames, 6), "txt": text})
+    tiny = yaml.safe_load((RECIPES / "video.yaml").read_text())
+    tiny["components"]["vae"]["base_dim"] = 4
+    tiny["components"]["transformer"] |= {"num_layers": 1, "ffn_dim": 32}
+    tiny["source"]["shards"] = f"{tmp_path}/train-*.tar"
+    tiny |= {"words": 300, "autoencoder": FEW, "denoiser": FEW}
+    file = written(tmp_path / "tiny.yaml", tiny)
+    train(tmp_path / "video", file)
+    generator = Wan(str(tmp_path / "video"), **tiny["generator"]["init_args"])
+    generator.build(PARTS)
+    processor = generator.target_processor()
+    media = list(read_media(read_recipe(file).source))
+    mean, std = moments(generator, processor.collate([processor(item) for item in media]))
+    drawn = [generator.scaled(mean + std * torch.randn_like(mean)) for _ in range(20)]
+    channels = torch.stack(drawn).transpose(0, 2).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(8), atol=0.02, rtol=0)
+    torch.testing.assert_close(channels.std(1), torch.ones(8), atol=0.02, rtol=0)
+    given = generator.requires_grad_(False).encode_text(["a thing goes up"])
+    (made,) = generator.sample(given, generator.encode_empty(), Sampling(steps=2))
+    assert processor(made)["pixels"].shape == (9, 3, 32, 32)
+
+
+@pytest.mark.parametrize("kind", ["text_to_video_sd.TextToVideoSD", "pixart.PixArt"])
+def test_a_family_that_cannot_be_trained_from_nothing_is_refused(
+    recipe: str, tmp_path: Path, kind: str
+) -> None:
+    changed = yaml.safe_load(Path(recipe).read_text())
+    changed["generator"] = {"class_path": f"mmfusion.models.generators.{kind}"}
+    with pytest.raises(ValueError, match=r"generator.*TrainablePipeline"):
+        train(tmp_path / "image", written(tmp_path / "bad.yaml", changed))
+
+
 def test_losses_are_kept(trained: Path) -> None:
     for name in ("AutoencoderFit", "DenoiserFit"):
         with (trained / "losses" / name / "metrics.csv").open(newline="") as file:
@@ -150,7 +189,8 @@ def test_another_recipe_in_the_same_place_starts_anew(recipe: str, tmp_path: Pat
 @pytest.mark.parametrize("modality", ["image", "audio", "video"])
 def test_shipped_recipes_parse_and_name_what_exists(modality: str) -> None:
     recipe = read_recipe(str(RECIPES / f"{modality}.yaml"))
-    assert {"vae", "unet", "text_encoder", "scheduler"} <= set(recipe.components)
+    denoiser = "transformer" if modality == "video" else "unet"
+    assert {"vae", denoiser, "text_encoder", "scheduler"} <= set(recipe.components)
 
 
 @pytest.mark.parametrize(

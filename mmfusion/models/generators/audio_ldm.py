@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from transformers import ClapTextModelWithProjection, SpeechT5HifiGan
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, VOCODER, Sampling
-from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.models.generators.diffusers_pipeline import Component, DType
 from mmfusion.models.generators.griffin_lim import GriffinLim
 from mmfusion.models.generators.sampling import draw_latents
 from mmfusion.models.generators.sounds import MelClip, mel_moments
+from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
 
-class AudioLDM(DiffusersPipeline):
+class AudioLDM(TrainablePipeline):
     """A frozen text-to-audio model with one CLAP vector.
 
     Sampling rate, mel bins and the samples of a mel frame are those of its vocoder. What an output

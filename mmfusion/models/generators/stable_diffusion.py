@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
-from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.models.generators.diffusers_pipeline import Component, DType
 from mmfusion.models.generators.pictures import (
     SquareProcessor,
     as_png,
@@ -22,11 +22,12 @@ from mmfusion.models.generators.pictures import (
     checked_size,
     picture_moments,
 )
+from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
 
-class StableDiffusion(DiffusersPipeline):
+class StableDiffusion(TrainablePipeline):
     """A frozen text-to-image model with one CLIP text encoder.
 
     Args:

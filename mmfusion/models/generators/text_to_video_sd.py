@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import as_signed, picture_moments
+from mmfusion.models.generators.pictures import picture_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -70,13 +70,10 @@ class TextToVideoSD(DiffusersPipeline):
     def target_processor(self) -> MediaProcessor:
         return ClipProcessor(self.height, self.width, self.num_frames, self.fps)
 
+    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         ids, _ = self.tokenize(captions, self.spec.tokens)
         return Conditioning(self.text_encoder(ids).last_hidden_state)
-
-    def vae_input(self, tensors: MediaTensors) -> Tensor:
-        """(M * T, 3, H, W) from -1 to 1."""
-        return as_signed(tensors["pixels"].flatten(0, 1), self.dtype)
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:

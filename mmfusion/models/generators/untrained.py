@@ -51,18 +51,18 @@ def write_untrained(
             instance: Any = kind.from_config(config)
             instance.save_config(made)
         index[name] = _library(kind)
-    longest = int(components["text_encoder"]["max_position_embeddings"])
+    longest = components["text_encoder"].get("max_position_embeddings")  # T5 takes any length
     tokenizer(captions, words, longest).save_pretrained(folder / "tokenizer")
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def tokenizer(captions: Iterable[str], words: int, longest: int) -> Any:
+def tokenizer(captions: Iterable[str], words: int, longest: int | None = None) -> Any:
     """Byte-pair encoding within words, lower case, ``<start> ... <end>``.
 
     Args:
         captions: that it is made from.
         words: size of its vocabulary.
-        longest: tokens of a text.
+        longest: tokens of a text, where the text encoder has a bound.
     """
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.Lowercase()

@@ -19,7 +19,9 @@ from transformers import UMT5EncoderModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
-from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
+from mmfusion.models.generators.diffusers_pipeline import Component, DType
+from mmfusion.models.generators.pictures import as_signed
+from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -27,7 +29,7 @@ SIDES = 16
 """Height and width are multiples of it."""
 
 
-class Wan(DiffusersPipeline):
+class Wan(TrainablePipeline):
     """A frozen text-to-video model with UMT5.
 
     Args:
@@ -84,18 +86,27 @@ class Wan(DiffusersPipeline):
     def target_processor(self) -> MediaProcessor:
         return ClipProcessor(self.height, self.width, self.num_frames, self.fps)
 
-    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         plain = [" ".join(html.unescape(html.unescape(text)).split()) for text in captions]
         ids, mask = self.tokenize(plain, self.tokens)
         tokens = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         return Conditioning(tokens * mask.to(tokens)[..., None])
 
+    def vae_input(self, tensors: MediaTensors) -> Tensor:
+        """(M, 3, T, H, W) from -1 to 1."""
+        return as_signed(tensors["pixels"].transpose(1, 2), self.dtype)
+
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        axes = [axis for axis in range(mean.ndim) if axis != 1]
+        deviation = (mean.var(axes) + std.square().mean(axes)).sqrt()
+        self.vae.register_to_config(
+            latents_mean=mean.mean(axes).tolist(), latents_std=deviation.tolist()
+        )
+
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         """(M, C, t, h, w) each; the VAE joins frames."""
-        pixels = tensors["pixels"].transpose(1, 2).to(self.dtype) / 127.5 - 1
-        posterior = self.vae.encode(pixels).latent_dist
+        posterior = self.vae.encode(self.vae_input(tensors)).latent_dist
         return posterior.mean, posterior.std
 
     def scaled(self, latents: Tensor) -> Tensor:
