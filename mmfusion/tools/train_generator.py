@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -176,11 +177,11 @@ class Parts:
         return generator.requires_grad_(False)
 
     def train(self, fit: GeneratorFit, items: Mapping[str, Tensor]) -> None:
-        """Run a fit on items, and keep what it trained."""
+        """Run a fit on items, and keep what it trained, in half precision."""
         run_fit(fit, items, self.folder / "losses", self.seed)
         fit.finish(items)
         for name, module in fit.trained.items():
-            module.save_pretrained(self.folder / name)
+            copy.deepcopy(module).half().save_pretrained(self.folder / name)
         _save_state(self.folder, self.origin, [*self.done, *fit.trained])
 
 

@@ -38,13 +38,13 @@ class Kind:
 
 
 KINDS = {
-    "a flute": Kind(("Flute",)),
     "a trumpet": Kind(("Trump",)),
-    "a choir": Kind(("Choir",)),
     "a bird": Kind(("Bird",)),
     "ocean waves": Kind(("OceanWaves",)),
+    "a helicopter": Kind(("Helicopter",)),
+    "a telephone": Kind(("Telephone",)),
     "a bell": Kind(("TubeBell",), 0.7),
-    "a piano": Kind(("Piano",), 0.4),
+    "a cymbal": Kind(("Med Crash Cymbal", "ChinaCrashCymb", "Ride Ping"), 0.4),
     "a drum": Kind(("Taiko", "Timp", "Acoustic Tom"), 0.15),
 }
 """What can be heard, by its name in captions."""
