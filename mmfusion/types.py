@@ -9,9 +9,10 @@ row, N media items of a modality in the batch, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -297,6 +298,23 @@ class Conditioning(_Tensors):
         if self.mask is None:
             return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
         return self.mask
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """With each of its tensors changed."""
+        return cast(Conditioning, _map(self, change))
+
+    def split(self) -> list[Conditioning]:
+        """Its items, each alone."""
+        return [self.map(itemgetter(slice(i, i + 1))) for i in range(len(self.tokens))]
+
+    @staticmethod
+    def cat(given: Sequence[Conditioning]) -> Conditioning:
+        """The items of several, of one generator, one after the other."""
+        found: dict[str, Any] = {}
+        for name in ("tokens", "pooled", "mask"):
+            rows = [getattr(one, name) for one in given]
+            found[name] = None if rows[0] is None else torch.cat(rows)
+        return Conditioning(**found)
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,19 @@
 """How good our conditioning is, before anything is drawn: how near to the text encoding of the
 caption, told from other captions or not, and what the denoiser makes of it.
 
-M conditionings, K captions, C tokens of D_g.
+M conditionings, K captions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
-from mmfusion.types import Conditioning
-
-CAPTIONS_TOGETHER = 32
 CONDITIONS = ("ours", "caption", "empty")
 """What the denoiser is given: our conditioning, the caption's encoding, that of ""."""
-
-
-def similarities(
-    tokens_MCD: Tensor, captions: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]
-) -> Tensor:
-    """(M, K) fp32 on the CPU: cosine of each conditioning to the text encoding of each caption, as
-    the mean over its valid tokens.
-
-    Args:
-        tokens_MCD: conditionings.
-        captions: K texts.
-        encode: the generator's text encoding of some of them.
-
-    Raises:
-        ValueError: where the two differ in C or D_g.
-    """
-    found = []
-    for start in range(0, len(captions), CAPTIONS_TOGETHER):
-        wanted = encode(captions[start : start + CAPTIONS_TOGETHER])
-        if wanted.tokens.shape[1:] != tokens_MCD.shape[1:]:
-            raise ValueError(
-                f"conditionings are of shape {tuple(tokens_MCD.shape[1:])}, text encodings of "
-                f"{tuple(wanted.tokens.shape[1:])}; they must be equal to be compared."
-            )
-        units = F.normalize(wanted.tokens.float(), dim=-1)
-        valid = torch.ones_like(units[..., 0]) if wanted.mask is None else wanted.mask.to(units)
-        shares = valid / valid.sum(1, keepdim=True).clamp(min=1)
-        flat = (units * shares[..., None]).flatten(1)
-        rows = [
-            F.normalize(ours.to(flat), dim=-1).flatten(1) @ flat.T
-            for ours in tokens_MCD.split(CAPTIONS_TOGETHER)
-        ]
-        found.append(torch.cat(rows).cpu() if rows else flat.new_zeros(0, len(flat)).cpu())
-    return torch.cat(found, 1)
 
 
 class CaptionMatch(Metric):
@@ -75,7 +37,8 @@ class CaptionMatch(Metric):
         """Add conditionings.
 
         Args:
-            similar_MK: of :func:`similarities`, to the K distinct captions.
+            similar_MK: to the encodings of the K distinct captions, of
+                :func:`mmfusion.models.generators.similarity.similarities`.
             own_M: which caption is its own.
         """
         own = similar_MK.gather(1, own_M[:, None])

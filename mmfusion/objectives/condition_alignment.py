@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import TEXT_ENCODER
+from mmfusion.models.generators.similarity import similarities
 from mmfusion.objectives.base import Loss, TargetObjective, over_targets
 from mmfusion.objectives.step_texts import Texts, gather_texts
 from mmfusion.types import Batch, Conditioning, ModelOutput
@@ -115,18 +116,3 @@ class ConditionAlignment(TargetObjective):
         if self.distance == "l2":
             return torch.linalg.vector_norm(a - b, dim=-1)
         return (a - b).square().mean(-1)
-
-
-def similarities(found: Conditioning, texts: Conditioning) -> Tensor:
-    """(M, K) fp32 cosines of M conditionings and K text encodings: the mean over the valid tokens
-    of the text, averaged with that of the pooled vectors where there are such.
-    """
-    with torch.autocast(found.tokens.device.type, enabled=False):  # they are close to one another
-        ours, theirs = (F.normalize(x.tokens.float(), dim=-1) for x in (found, texts))
-        mask = torch.ones_like(theirs[..., 0]) if texts.mask is None else texts.mask.to(theirs)
-        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        cosines = ours.flatten(1) @ (theirs * share[..., None]).flatten(1).T
-        if found.pooled is None or texts.pooled is None:
-            return cosines
-        ours, theirs = (F.normalize(x.float(), dim=-1) for x in (found.pooled, texts.pooled))
-        return (cosines + ours @ theirs.T) / 2

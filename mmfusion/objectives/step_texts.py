@@ -55,11 +55,7 @@ class Texts:
 
     def take(self, places_M: Tensor) -> Conditioning:
         """The encodings at M places."""
-        pooled, mask = (
-            None if rows is None else rows[places_M]
-            for rows in (self.encoding.pooled, self.encoding.mask)
-        )
-        return Conditioning(self.encoding.tokens[places_M], pooled, mask)
+        return self.encoding.map(lambda rows: rows[places_M])
 
 
 def gather_texts(

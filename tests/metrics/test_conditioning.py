@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfusion.metrics.conditioning import CaptionMatch, DenoisingLosses, similarities
+from mmfusion.metrics.conditioning import CaptionMatch, DenoisingLosses
+from mmfusion.models.generators.similarity import similarities
 from mmfusion.types import Conditioning
 
-CAPTIONS = [f"c{i}" for i in range(40)]  # more than are encoded together
+CAPTIONS = [f"c{i}" for i in range(40)]
 
 
 def encoding(caption: str) -> tuple[Tensor, Tensor]:
@@ -34,9 +35,13 @@ def conditionings(noise: float, own: Sequence[int]) -> Tensor:
     ])  # fmt: skip
 
 
+def similar(tokens: Tensor) -> Tensor:
+    return similarities(Conditioning(tokens), encode(CAPTIONS))
+
+
 def figures(tokens: Tensor, own: Sequence[int]) -> dict[str, float]:
     match = CaptionMatch()
-    match.update(similarities(tokens, CAPTIONS, encode), torch.tensor(own))
+    match.update(similar(tokens), torch.tensor(own))
     return match.compute()
 
 
@@ -79,14 +84,9 @@ def test_parts_add_up_and_nothing_gives_nothing() -> None:
     tokens = conditionings(3.0, own)
     parts = CaptionMatch()
     for part in (slice(0, 2), slice(2, 2), slice(2, 5)):
-        parts.update(similarities(tokens[part], CAPTIONS, encode), torch.tensor(own[part]))
+        parts.update(similar(tokens[part]), torch.tensor(own[part]))
     assert parts.compute() == pytest.approx(figures(tokens, own))
     assert CaptionMatch().compute() == {}
-
-
-def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"of shape \(3, 6\), text encodings of \(4, 6\)"):
-        similarities(torch.zeros(1, 3, 6), CAPTIONS, encode)
 
 
 def test_the_gain_is_the_share_of_what_the_caption_gains() -> None:

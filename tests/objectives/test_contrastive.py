@@ -13,10 +13,10 @@ from mmfusion.data.loader import Division, make_micro_batches
 from mmfusion.data.stream import LocalStep
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.stored import with_text
-from mmfusion.objectives.condition_alignment import ConditionAlignment, similarities
+from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.step_texts import Texts, gather_texts
 from mmfusion.tuning import Full
-from mmfusion.types import Batch, Captions, Conditioning, EncodedSample
+from mmfusion.types import Batch, Captions, EncodedSample
 from tests.models.generators.tiny import save_stable_diffusion
 from tests.models.tiny import save_llm
 from tests.objectives.test_targets import encoded, made
@@ -38,25 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> AnyToAnyModel:
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(a @ b / (sum(a**2) ** 0.5 * sum(b**2) ** 0.5))
-
-
-def test_similarity_is_the_mean_cosine_of_valid_tokens_and_of_pooled_vectors() -> None:
-    torch.manual_seed(0)
-    ours = Conditioning(torch.randn(3, 4, 5), torch.randn(3, 6))
-    mask = torch.arange(4) < torch.tensor([[4], [1]])
-    texts = Conditioning(torch.randn(2, 4, 5), torch.randn(2, 6), mask)
-    found = similarities(ours, texts)
-    for m in range(3):
-        for k, valid in enumerate((4, 1)):
-            tokens = [cosine(ours.tokens[m, c], texts.tokens[k, c]) for c in range(valid)]
-            pooled = cosine(ours.pooled[m], texts.pooled[k])
-            assert float(found[m, k]) == pytest.approx((sum(tokens) / valid + pooled) / 2, abs=1e-6)
-
-
-def test_of_one_unit_vector_it_is_the_scalar_product() -> None:
-    ours, texts = (torch.nn.functional.normalize(torch.randn(n, 1, 8), dim=-1) for n in (2, 3))
-    found = similarities(Conditioning(ours), Conditioning(texts))
-    torch.testing.assert_close(found, ours[:, 0] @ texts[:, 0].T)
 
 
 def batches(

@@ -24,10 +24,11 @@ from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generation import conditioning_of, find_runs, generate
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, Sampling
 from mmfusion.models.generators.noise import generators_of
+from mmfusion.models.generators.similarity import similarities
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
-from mmfusion.objectives.condition_alignment import ConditionAlignment, similarities
+from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.rebuild import from_recipe, load_module
 from mmfusion.training.resume import find

@@ -11,19 +11,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from mmfusion.metrics.conditioning import (
-    CONDITIONS,
-    CaptionMatch,
-    DenoisingLosses,
-    similarities,
-)
+from mmfusion.metrics.conditioning import CONDITIONS, CaptionMatch, DenoisingLosses
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
 from mmfusion.models.generators.noise import generators_of
+from mmfusion.models.generators.similarity import similarities
 from mmfusion.training.agreement import gather
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch, Conditioning
 
+TOGETHER = 32
+"""Captions that are encoded and compared at a time."""
 SEED = 0
 """Of the noise, with each target's key: figures of runs with other seeds can be compared."""
 
@@ -42,7 +40,7 @@ class MediaHealth:
         # Several ranks must run the same graph, also where one has no target.
         self._idle_too = trainer.world_size > 1
         needs = self._model.needs
-        self._kept: dict[str, list[tuple[Tensor, str]]] = {
+        self._kept: dict[str, list[tuple[Conditioning, str]]] = {
             modality: [] for modality, parts in needs.items() if TEXT_ENCODER in parts
         }
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -56,11 +54,12 @@ class MediaHealth:
     def add(self, batch: Batch, conditioning: dict[str, Conditioning]) -> None:
         """Add a batch."""
         for modality, kept in self._kept.items():
-            target, tokens = batch.host.targets[modality], conditioning[modality].tokens
-            self._shapes[modality] = tuple(tokens.shape[1:])
+            target, ours = batch.host.targets[modality], conditioning[modality]
+            self._shapes[modality] = tuple(ours.tokens.shape[1:])
             if not target.idle:
-                pairs = zip(tokens.float().cpu(), target.captions, strict=True)
-                kept += [(ours, caption) for ours, caption in pairs if caption.strip()]
+                ours = ours.map(lambda x: x.float().cpu())
+                pairs = zip(ours.split(), target.captions, strict=True)
+                kept += [(one, caption) for one, caption in pairs if caption.strip()]
         for modality, losses in self._losses.items():
             target = batch.host.targets[modality]
             if target.idle and not self._idle_too:
@@ -117,21 +116,24 @@ class MediaHealth:
     def _match(self, modality: str, distinct: list[str]) -> CaptionMatch:
         """Each conditioning of this rank beside the captions of all."""
         places = {caption: place for place, caption in enumerate(distinct)}
-        kept = self._kept[modality]
-        tokens = torch.zeros(0, *self._shapes[modality])
-        if kept:
-            tokens = torch.stack([ours for ours, _ in kept])
+        kept, match = self._kept[modality], CaptionMatch().to(self._device)
         encode = self._model.generator(modality).encode_text
+        columns = []
+        for start in range(0, len(distinct), TOGETHER):
+            texts = encode(distinct[start : start + TOGETHER])
+            rows = [
+                similarities(
+                    Conditioning.cat([ours for ours, _ in kept[i : i + TOGETHER]]).to(self._device),
+                    texts,
+                ).cpu()
+                for i in range(0, len(kept), TOGETHER)
+            ]
+            columns.append(torch.cat([torch.zeros(0, len(texts.tokens)), *rows]))
         own = torch.tensor([places[caption] for _, caption in kept], dtype=torch.int64)
-        match = CaptionMatch().to(self._device)
-        match.update(similarities(tokens, distinct, encode), own)
+        match.update(torch.cat(columns, 1), own)
         return cast(CaptionMatch, match)
 
 
 def _repeated(one: Conditioning, count: int) -> Conditioning:
     """The same for each of several items."""
-
-    def each(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.expand(count, *x.shape[1:])
-
-    return Conditioning(one.tokens.expand(count, -1, -1), each(one.pooled), each(one.mask))
+    return one.map(lambda x: x.expand(count, *x.shape[1:]))

@@ -1,0 +1,35 @@
+"""How alike conditionings and text encodings are: by this a contrastive loss tells captions apart,
+and retrieval counts. M conditionings, K text encodings, C tokens of D_g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmfusion.types import Conditioning
+
+
+def similarities(ours: Conditioning, texts: Conditioning) -> Tensor:
+    """(M, K) fp32 cosines of M conditionings and K text encodings: the mean over the valid tokens
+    of the text, averaged with that of the pooled vectors where both have such.
+
+    Raises:
+        ValueError: where the two differ in C or D_g.
+    """
+    shapes = [tuple(given.tokens.shape[1:]) for given in (ours, texts)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"conditionings are of shape {shapes[0]}, text encodings of {shapes[1]}; they must be "
+            "equal to be compared. Use a QueryDecoder."
+        )
+    with torch.autocast(ours.tokens.device.type, enabled=False):  # they are close to one another
+        a, b = (F.normalize(given.tokens.float(), dim=-1) for given in (ours, texts))
+        mask = texts.valid.to(b)
+        shares = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        cosines = a.flatten(1) @ (b * shares[..., None]).flatten(1).T
+        if ours.pooled is None or texts.pooled is None:
+            return cosines
+        a, b = (F.normalize(given.float(), dim=-1) for given in (ours.pooled, texts.pooled))
+        return (cosines + a @ b.T) / 2
