@@ -93,26 +93,17 @@ class AudioLDM(TrainablePipeline):
 
     def vae_input(self, tensors: MediaTensors) -> Tensor:
         """(M, 1, T, W)."""
-        return tensors["mel"][:, None].to(self.dtype)
+        return tensors["mel"][:, None].to(self.vae.dtype)
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return mel_moments(self.vae, tensors["mel"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.denoiser(
-            noisy.to(self.dtype), timesteps_M, None, class_labels=self._label(conditioning)
-        ).sample
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        label = F.normalize(given.tokens[:, 0].float(), dim=-1).to(noisy)
+        return self.denoiser(noisy, timesteps_M, None, class_labels=label).sample
 
-    def _label(self, conditioning: Conditioning) -> Tensor:
-        """(M, D_g), each of length 1."""
-        return F.normalize(conditioning.tokens[:, 0].float(), dim=-1).to(self.device, self.dtype)
-
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         channels = int(self.configs["denoiser"]["in_channels"])
         latents = draw_latents(self, self.clip.latents(channels), ours, none, sampling)
         return self.clip.heard(latents, self.vae, self.vocoder)

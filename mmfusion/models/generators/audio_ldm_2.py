@@ -148,7 +148,7 @@ class AudioLDM2(DiffusersPipeline):
         Raises:
             ValueError: where there is no token left for T5's part.
         """
-        tokens = conditioning.tokens.to(self.dtype)
+        tokens = conditioning.tokens
         if tokens.shape[1] <= self.generated:
             raise ValueError(
                 f"the conditioning has {tokens.shape[1]} tokens, of which AudioLDM 2 takes "
@@ -173,21 +173,17 @@ class AudioLDM2(DiffusersPipeline):
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return mel_moments(self.vae, tensors["mel"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        generated, t5 = self.streams(conditioning)
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        generated, t5 = self.streams(given)
         return self.denoiser(
-            noisy.to(self.dtype),
+            noisy,
             timesteps_M,
             encoder_hidden_states=generated,
             encoder_hidden_states_1=t5.tokens,
             encoder_attention_mask_1=t5.mask,
         ).sample
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         channels = int(self.configs["denoiser"]["in_channels"])
         latents = draw_latents(self, self.clip.latents(channels), ours, none, sampling)
         return self.clip.heard(latents, self.vae, self.vocoder)

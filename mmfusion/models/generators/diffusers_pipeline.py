@@ -12,20 +12,22 @@ M items, C tokens of the conditioning.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mmfusion.models.generators.base import TEXT_ENCODER, Generator, Sampling
 from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
 from mmfusion.models.loading import checked_path, reading, refuse_missing
-from mmfusion.types import Conditioning
+from mmfusion.types import Conditioning, Media
 
 INDEX = "model_index.json"
 DType = Literal["float32", "bfloat16", "float16"]
@@ -180,6 +182,35 @@ class DiffusersPipeline(Generator):
         )  # fmt: skip
         return found.input_ids.to(self.device), found.attention_mask.to(self.device)
 
+    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
+        with one_precision(self.denoiser) as dtype:
+            return self.predict(noisy.to(dtype), timesteps_M, _placed(conditioning, dtype))
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        """As :meth:`denoise`, all in the denoiser's precision."""
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
+    ) -> list[Media]:
+        names = [name for name, one in self.components.items() if one.part != TEXT_ENCODER]
+        with one_precision(*(getattr(self, name) for name in names)) as dtype:
+            ours, none = (
+                _placed(given, self.device, dtype) for given in self.paired(conditioning, empty)
+            )
+            return self.draw(ours, none, sampling)
+
+    @abstractmethod
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
+        """As :meth:`sample`.
+
+        Args:
+            ours: of M items.
+            none: of as many, what guidance leads away from; as many tokens.
+            sampling: steps, scale and seed.
+        """
+
     def pipeline(self, kind: Any, **arguments: Any) -> Any:
         """The pipeline of diffusers around what is built, for sampling.
 
@@ -208,21 +239,23 @@ class DiffusersPipeline(Generator):
             "generator": sampling.noise(count),
         }
 
-    def paired(
-        self, conditioning: Conditioning, empty: Conditioning
-    ) -> tuple[Conditioning, Conditioning]:
-        """As the base class, where the pipeline is and in its precision."""
 
-        def moved(given: Conditioning) -> Conditioning:
-            pooled, mask = given.pooled, given.mask
-            return Conditioning(
-                given.tokens.to(self.device, self.dtype),
-                None if pooled is None else pooled.to(self.device, self.dtype),
-                None if mask is None else mask.to(self.device),
-            )
+@contextmanager
+def one_precision(*modules: nn.Module) -> Iterator[torch.dtype]:
+    """Run modules whose weights differ in precision in the lowest, which it gives: what trains is
+    kept in fp32, also beside others in bfloat16.
+    """
+    weights = [p for module in modules for p in module.parameters() if p.is_floating_point()]
+    dtypes = sorted({p.dtype for p in weights}, key=lambda dtype: dtype.itemsize)
+    mixed = torch.autocast(weights[0].device.type, dtypes[0]) if dtypes[1:] else nullcontext()
+    with mixed:  # not autocast(enabled=False): that would end the trainer's own
+        yield dtypes[0]
 
-        ours, none = super().paired(conditioning, empty)
-        return moved(ours), moved(none)
+
+def _placed(given: Conditioning, *where: Any) -> Conditioning:
+    """On a device or in a precision."""
+    moved: Conditioning = given.to(*where)
+    return replace(moved, mask=None if moved.mask is None else moved.mask.bool())
 
 
 def pipeline_config(path: str, part: str, file: str, revision: str | None = None) -> dict[str, Any]:

@@ -95,25 +95,21 @@ class PixArt(DiffusersPipeline):
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return picture_moments(self.vae, tensors["pixels"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.use_additional_conditions:
-            side = noisy.new_full((len(noisy), 1), self.size, dtype=self.dtype)
+            side = noisy.new_full((len(noisy), 1), self.size)
             sizes = {"resolution": side.expand(-1, 2), "aspect_ratio": torch.ones_like(side)}
         found = self.denoiser(
-            noisy.to(self.dtype),
-            encoder_hidden_states=conditioning.tokens.to(self.dtype),
-            encoder_attention_mask=conditioning.mask,
+            noisy,
+            encoder_hidden_states=given.tokens,
+            encoder_attention_mask=given.mask,
             timestep=timesteps_M,
             added_cond_kwargs=sizes,
         ).sample
         return found[:, : noisy.shape[1]]
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(self.kind, tokenizer=None)
         pictures = pipeline(
             prompt_embeds=ours.tokens,

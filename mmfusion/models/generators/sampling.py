@@ -39,7 +39,7 @@ def draw_latents(
     sampler.set_timesteps(sampling.steps, device=generator.device)
     noise = sampling.noise(len(ours.tokens))
     first = torch.stack([torch.randn(*shape, generator=g) for g in noise])
-    latents = first.to(generator.device, generator.dtype) * sampler.init_noise_sigma
+    latents = first.to(ours.tokens) * sampler.init_noise_sigma
     guided = sampling.guidance_scale > 1
     given = _both(none, ours) if guided else ours
     draws = "generator" in inspect.signature(sampler.step).parameters

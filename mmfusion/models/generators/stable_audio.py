@@ -129,15 +129,14 @@ class StableAudio(DiffusersPipeline):
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
-        waves = tensors["samples"].to(self.dtype)
+        waves = tensors["samples"].to(self.vae.dtype)
         whole = F.pad(waves, (0, self.frames * self.hop - waves.shape[-1]))
         channels = int(self.configs["vae"]["audio_channels"])
         posterior = self.vae.encode(whole[:, None].expand(-1, channels, -1)).latent_dist
         return posterior.mean, posterior.std
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        tokens = conditioning.tokens.to(self.dtype)
-        return self._predicted(noisy, timesteps_M, *self._with_span(tokens))
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        return self._predicted(noisy, timesteps_M, *self._with_span(given.tokens))
 
     def _with_span(self, tokens_MCD: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens with those of start and end after them, (M, C + 2, D); and start and end side
@@ -146,7 +145,8 @@ class StableAudio(DiffusersPipeline):
         count = len(tokens_MCD)
         start = torch.zeros(count, device=tokens_MCD.device)
         found = self.span(start_seconds=start, end_seconds=start + self.seconds)
-        span = (found.seconds_start_hidden_states, found.seconds_end_hidden_states)
+        both = (found.seconds_start_hidden_states, found.seconds_end_hidden_states)
+        span = [each.to(tokens_MCD) for each in both]
         return torch.cat([tokens_MCD, *span], 1), torch.cat(span, 2)
 
     def _predicted(self, noisy: Tensor, times_M: Tensor, tokens: Tensor, span: Tensor) -> Tensor:
@@ -157,23 +157,27 @@ class StableAudio(DiffusersPipeline):
             repeat_interleave_real=False,
         )
         return self.denoiser(
-            noisy.to(self.dtype),
-            times_M.to(self.dtype),
+            noisy.to(tokens),
+            times_M.to(tokens),
             encoder_hidden_states=tokens,
             global_hidden_states=span,
             rotary_embedding=rotary,
         ).sample
 
-    @torch.no_grad()
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:
-        tokens, span = self._with_span(conditioning.tokens.to(self.device, self.dtype))
+        """As the base class, away from as many zeros as there are tokens."""
+        zeros = Conditioning(torch.zeros_like(conditioning.tokens))
+        return super().sample(conditioning, zeros, sampling)
+
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
+        tokens, span = self._with_span(ours.tokens)
         guided = sampling.guidance_scale > 1
         if guided:
             tokens, span = torch.cat([torch.zeros_like(tokens), tokens]), torch.cat([span, span])
         shape = (int(self.configs["denoiser"]["in_channels"]), self.frames)
-        drawn = [torch.randn(*shape, generator=g) for g in sampling.noise(len(conditioning.tokens))]
+        drawn = [torch.randn(*shape, generator=g) for g in sampling.noise(len(ours.tokens))]
         latents = torch.stack(drawn).to(self.device)
         times = self.noise_schedule().sampled(sampling.steps)
         for time, after in zip(times, [*times[1:], 0.0], strict=True):
@@ -184,6 +188,6 @@ class StableAudio(DiffusersPipeline):
                 away, towards = found.chunk(2)
                 found = away + sampling.guidance_scale * (towards - away)
             latents = CosineNoise.step(latents, found, time, after)
-        waves = self.vae.decode(latents.to(self.dtype)).sample.float().cpu()
+        waves = self.vae.decode(latents.to(self.vae.dtype)).sample.float().cpu()
         length = round(self.seconds * self.rate)
         return [as_wav(wave[:, :length].T.numpy(), self.rate) for wave in waves]

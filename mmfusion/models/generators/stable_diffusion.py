@@ -72,23 +72,18 @@ class StableDiffusion(TrainablePipeline):
 
     def vae_input(self, tensors: MediaTensors) -> Tensor:
         """(M, 3, H, W) from -1 to 1."""
-        return as_signed(tensors["pixels"], self.dtype)
+        return as_signed(tensors["pixels"], self.vae.dtype)
 
     @torch.no_grad()
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return picture_moments(self.vae, tensors["pixels"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        tokens = conditioning.tokens.to(self.dtype)
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
         return self.denoiser(
-            noisy.to(self.dtype), timesteps_M, tokens, encoder_attention_mask=conditioning.mask
+            noisy, timesteps_M, given.tokens, encoder_attention_mask=given.mask
         ).sample
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(
             StableDiffusionPipeline, tokenizer=None, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,

@@ -109,13 +109,12 @@ class StableDiffusion3(DiffusersPipeline):
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return picture_moments(self.vae, tensors["pixels"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        assert conditioning.pooled is not None
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
         return self.denoiser(
-            hidden_states=noisy.to(self.dtype),
+            hidden_states=noisy,
             timestep=timesteps_M,
-            encoder_hidden_states=conditioning.tokens.to(self.dtype),
-            pooled_projections=conditioning.pooled.to(self.dtype),
+            encoder_hidden_states=given.tokens,
+            pooled_projections=given.pooled,
         ).sample
 
     def paired(
@@ -129,11 +128,7 @@ class StableDiffusion3(DiffusersPipeline):
             )
         return super().paired(conditioning, empty)
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(
             StableDiffusion3Pipeline, tokenizer=None, tokenizer_2=None, tokenizer_3=None
         )

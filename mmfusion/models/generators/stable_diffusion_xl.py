@@ -106,25 +106,20 @@ class StableDiffusionXL(DiffusersPipeline):
     def moments(self, tensors: MediaTensors) -> tuple[Tensor, Tensor]:
         return picture_moments(self.vae, tensors["pixels"])
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        assert conditioning.pooled is not None
-        sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size])
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        sizes = noisy.new_tensor([self.size, self.size, 0, 0, self.size, self.size])
         return self.denoiser(
-            noisy.to(self.dtype),
+            noisy,
             timesteps_M,
-            conditioning.tokens.to(self.dtype),
-            encoder_attention_mask=conditioning.mask,
+            given.tokens,
+            encoder_attention_mask=given.mask,
             added_cond_kwargs={
-                "text_embeds": conditioning.pooled.to(self.dtype),
-                "time_ids": sizes.to(noisy.device, self.dtype).expand(len(noisy), -1),
+                "text_embeds": given.pooled,
+                "time_ids": sizes.expand(len(noisy), -1),
             },
         ).sample
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(
             StableDiffusionXLPipeline, tokenizer=None, tokenizer_2=None, add_watermarker=False
         )

@@ -85,15 +85,10 @@ class TextToVideoSD(DiffusersPipeline):
         )
         return mean, std
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        tokens = conditioning.tokens.to(self.dtype)
-        return self.denoiser(noisy.to(self.dtype), timesteps_M, tokens).sample
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        return self.denoiser(noisy, timesteps_M, given.tokens).sample
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         clips = self.pipeline(TextToVideoSDPipeline, tokenizer=None)(
             prompt_embeds=ours.tokens,
             negative_prompt_embeds=none.tokens,

@@ -94,7 +94,7 @@ class Wan(TrainablePipeline):
 
     def vae_input(self, tensors: MediaTensors) -> Tensor:
         """(M, 3, T, H, W) from -1 to 1."""
-        return as_signed(tensors["pixels"].transpose(1, 2), self.dtype)
+        return as_signed(tensors["pixels"].transpose(1, 2), self.vae.dtype)
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         axes = [axis for axis in range(mean.ndim) if axis != 1]
@@ -116,19 +116,11 @@ class Wan(TrainablePipeline):
         )
         return (latents - mean) / std
 
-    def denoise(self, noisy: Tensor, timesteps_M: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.denoiser(
-            hidden_states=noisy.to(self.dtype),
-            timestep=timesteps_M,
-            encoder_hidden_states=conditioning.tokens.to(self.dtype),
-        ).sample
+    def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
+        return self.denoiser(noisy, timesteps_M, given.tokens).sample
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
-    ) -> list[Media]:
-        """As :meth:`Generator.sample`, but guidance is a second pass of each step."""
-        ours, none = self.paired(conditioning, empty)
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
+        """Guidance is a second pass of each step."""
         clips = self.pipeline(WanPipeline, tokenizer=None)(
             prompt_embeds=ours.tokens,
             negative_prompt_embeds=none.tokens,

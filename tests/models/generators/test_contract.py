@@ -24,7 +24,7 @@ from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
-from mmfusion.tuning import LoRA
+from mmfusion.tuning import Full, LoRA, Policy
 from mmfusion.types import Conditioning, TargetBatch
 from tests.models.generators.families import (
     Family,
@@ -205,6 +205,24 @@ def test_adapters_on_the_denoiser_train(case: Case) -> None:
     grads = {name: p.grad for name, p in adapters.items() if "lora_B" in name}
     assert all(grad is not None for grad in grads.values())
     assert any(grad.abs().sum() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", [Full, LoRA])
+def test_a_denoiser_in_half_precision_trains_and_is_sampled(case: Case, kind: type[Policy]) -> None:
+    """What trains is kept in fp32; the other weights and the VAE are not."""
+    half = case.family.make(case.path, dtype="bfloat16")
+    half.build(PARTS)
+    half.requires_grad_(False).eval()
+    frozen = half.denoising_loss(case.latents(), case.conditioning(), KEYS)
+    trained = kind(1e-3).attach("denoiser", half.denoiser)
+    for parameter in trained.values():
+        parameter.requires_grad_()
+    loss = half.denoising_loss(case.latents(), case.conditioning(), KEYS)
+    torch.testing.assert_close(loss, frozen, rtol=0.05, atol=0.02)
+    loss.sum().backward()
+    assert {p.grad.dtype for p in trained.values() if p.grad is not None} == {torch.float32}
+    made = half.sample(case.conditioning(), half.encode_text([""]), Sampling(steps=2))
+    assert tuple(case.family.decoded(made[1]).shape) == case.family.made_shape
 
 
 def test_sampling_runs_from_our_conditioning(case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -113,6 +114,18 @@ def test_a_stored_encoding_of_no_words_is_where_the_generator_is(tmp_path: Path)
     assert generator.encode_empty().tokens.equal(stored.tokens)  # nothing is built
     generator.build({DENOISER})
     assert generator.to("meta").encode_empty().tokens.is_meta
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_may_be_loaded_in_another_precision_than_the_recipe_s(
+    tmp_path: Path, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    generator = StableDiffusion(tiny.save_stable_diffusion(tmp_path / "sd"), dtype=dtype)
+    generator.build(PARTS)
+    generator.to(torch.bfloat16 if dtype == "float32" else torch.float32)
+    given = Conditioning(torch.randn(1, 12, 32))
+    assert generator.denoising_loss(torch.randn(1, 4, 8, 8), given, [1]).isfinite().all()
+    assert len(generator.sample(given, generator.encode_text([""]), Sampling(steps=1))) == 1
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(
