@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generators.base import Generator
 from mmfusion.types import Batch, ModelOutput, TargetBatch
 
 
@@ -73,6 +74,13 @@ class TargetObjective(Objective):
         super().__init__()
         self.modality = self.unit = modality
         self.weight = weight
+
+    def check(self, generator: Generator) -> None:
+        """Called before anything is loaded, with the generator of the modality.
+
+        Raises:
+            ValueError: where it cannot give this loss.
+        """
 
 
 def over_targets(losses_M: Tensor, target: TargetBatch, num_samples: int) -> Loss:

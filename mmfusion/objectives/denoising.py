@@ -4,6 +4,8 @@ gets wrong tells the LLM what the words left out. M targets.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class Denoising(TargetObjective):
         seed: int = 0,
     ) -> None:
         super().__init__(modality, weight)
-        if not 0 <= drop_condition < 1 or min_snr < 0:
+        if not 0 <= drop_condition < 1 or not 0 <= min_snr < math.inf:
             raise ValueError(
                 f"drop_condition is {drop_condition} and min_snr {min_snr}; expected a share below "
                 "1 and a gamma of 0 or more."
@@ -45,6 +47,15 @@ class Denoising(TargetObjective):
         self.min_snr, self.seed = min_snr, seed
         self.drop_condition = drop_condition
         self.needs = frozenset({VAE, DENOISER} | ({TEXT_ENCODER} if drop_condition else set()))
+
+    def check(self, generator: Generator) -> None:
+        schedule = generator.noise_schedule()
+        try:
+            schedule.weights(schedule.draw([torch.Generator()]), self.min_snr)
+        except ValueError as error:
+            raise ValueError(
+                f"Denoising of {self.modality} by {type(generator).__name__}: {error}"
+            ) from error
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
         generator, target = model.generator(self.modality), batch.host.targets[self.modality]

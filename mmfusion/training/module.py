@@ -120,6 +120,8 @@ class MultimodalModule(L.LightningModule):
                 f"the objectives {odd} are of modalities without a generator; there are generators "
                 f"for {sorted(made)}."
             )
+        for aim in aims.values():
+            aim.check(cast(dict[str, Generator], generators)[aim.modality])
         of = {m: [aim for aim in aims.values() if aim.modality == m] for m in made}
         self.model = AnyToAnyModel(
             encoders,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mmfusion.models.output_projectors.mlp import Linear
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
+from mmfusion.training.module import MultimodalModule
 from mmfusion.tuning import Full, NewTokens, TuningError
 from mmfusion.types import (
     Batch,
@@ -192,9 +195,27 @@ def test_a_projector_that_neither_trains_nor_was_loaded_is_refused(folder: Path)
 
 
 def test_options_out_of_range_are_refused() -> None:
-    for options in ({"drop_condition": 1.0}, {"drop_condition": -0.1}, {"min_snr": -1.0}):
+    bad = ({"drop_condition": 1.0}, {"drop_condition": -0.1}, {"min_snr": -1.0}, {"min_snr": nan})
+    for options in bad:
         with pytest.raises(ValueError, match="expected a share below 1"):
             Denoising("image", **options)
+
+
+def test_weights_that_a_generator_does_not_have_are_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = Path(save_stable_diffusion(tmp_path / "sd"))
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    for file in path.rglob("*.safetensors"):
+        file.unlink()
+    llm, generator = HFCausalLM(str(folder / "llm")), StableDiffusion(str(path))
+    message = r"of image by StableDiffusion: min_snr is 5.0, but FlowNoise has no .* min_snr at 0"
+    with pytest.raises(ValueError, match=message):
+        MultimodalModule(
+            {}, {}, llm, {"loss": Denoising("image", min_snr=5.0)}, {}, {"image": 3},
+            {"image": decoder}, {"image": generator},
+        )  # fmt: skip
 
 
 def test_parts_of_the_output_side_must_match(folder: Path) -> None:

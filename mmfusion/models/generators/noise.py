@@ -65,7 +65,7 @@ class NoiseSchedule(ABC):
         if min_snr:
             raise ValueError(
                 f"min_snr is {min_snr}, but {type(self).__name__} has no signal-to-noise weights; "
-                "leave it at 0."
+                "leave min_snr at 0, as such models are trained."
             )
         return torch.ones(len(levels_M), device=levels_M.device)
 
@@ -110,9 +110,9 @@ class DDPMNoise(NoiseSchedule):
         from diffusers.training_utils import compute_snr
 
         snr = compute_snr(self.scheduler, levels_M)
-        clipped = snr.clamp(max=min_snr)
         if self.prediction == "epsilon":
-            return clipped / snr
+            return (min_snr / snr).clamp(max=1)  # also where nothing is left of the signal
+        clipped = snr.clamp(max=min_snr)
         return clipped / (snr + 1) if self.prediction == "v_prediction" else clipped
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -9,6 +11,7 @@ from diffusers import DDPMScheduler
 from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.types import Conditioning
+from tests.models.generators import tiny
 from tests.models.generators.families import StableDiffusionFamily
 
 KEYS = [5, 123456789]
@@ -46,6 +49,18 @@ def test_the_loss_is_that_of_the_documentation(
             weights = {"epsilon": least / snr, "v_prediction": least / (snr + 1), "sample": least}
             loss = loss * weights[str(family.prediction)]
         torch.testing.assert_close(found[m], loss, rtol=1e-4, atol=1e-6)
+
+
+def test_where_nothing_is_left_of_the_signal_weights_are_those_of_ever_less(
+    family: StableDiffusionFamily, tmp_path: Path
+) -> None:
+    assert family.prediction is not None
+    path = tiny.save_stable_diffusion(tmp_path, family.prediction, rescale_betas_zero_snr=True)
+    schedule = family.make(path).noise_schedule()
+    weights = schedule.weights(torch.tensor([0, 99]), 5.0)
+    assert schedule.scheduler.alphas_cumprod[99] == 0
+    assert 0 < weights[0] <= 5
+    assert float(weights[1]) == {"epsilon": 1, "v_prediction": 0, "sample": 0}[family.prediction]
 
 
 def test_guidance_takes_any_number_of_tokens(generator: StableDiffusion) -> None:
