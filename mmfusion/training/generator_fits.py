@@ -127,7 +127,7 @@ class AutoencoderFit(GeneratorFit):
         """Of M targets' tensors."""
         given = self.generator.vae_input(batch)
         posterior = self.generator.vae.encode(given).latent_dist
-        error = self.generator.vae.decode(posterior.sample()).sample.float() - given
+        error = self.generator.reconstructed(posterior.sample()).float() - given
         divergence = posterior.kl().float().mean()
         return (error.abs() + error.square()).mean() + self.divergence * divergence
 

@@ -19,6 +19,10 @@ class TrainablePipeline(DiffusersPipeline):
     def vae_input(self, tensors: MediaTensors) -> Tensor:
         """What the VAE encodes, and gives back, of M targets."""
 
+    def reconstructed(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes, like ``vae_input``."""
+        return self.vae.decode(latents).sample
+
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         """Let the built VAE's configuration say how its latents get unit variance.
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
@@ -95,6 +96,15 @@ class Wan(TrainablePipeline):
     def vae_input(self, tensors: MediaTensors) -> Tensor:
         """(M, 3, T, H, W) from -1 to 1."""
         return as_signed(tensors["pixels"].transpose(1, 2), self.vae.dtype)
+
+    def reconstructed(self, latents: Tensor) -> Tensor:
+        """Before the VAE cuts it to -1 to 1: what is cut has no gradient, and stays white."""
+        pieces: list[Tensor] = []
+        hook = self.vae.decoder.register_forward_hook(lambda *found: pieces.append(found[-1]))
+        self.vae.decode(latents)
+        hook.remove()
+        whole, patch = torch.cat(pieces, 2), self.configs["vae"].get("patch_size")
+        return unpatchify(whole, patch) if patch else whole
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         axes = [axis for axis in range(mean.ndim) if axis != 1]
