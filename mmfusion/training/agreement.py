@@ -46,6 +46,17 @@ def gather(values: list[T]) -> list[T]:
     return [value for share in found for value in share]
 
 
+def gather_to_first(values: list[T]) -> list[T]:
+    """Those of all ranks, on rank 0 alone, in the ranks' order; nothing elsewhere. Every rank must
+    call it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(values, found)
+    return [value for share in found or () for value in share]
+
+
 def rank() -> int:
     """This process's rank, as the launcher's environment says before the process group is made."""
     return int(cast(Any, rank_zero_only).rank)

@@ -29,7 +29,7 @@ from mmfusion.metrics.emission import Emission
 from mmfusion.metrics.judges.base import Judge
 from mmfusion.models.generation import Run, find_runs, generate, make_media
 from mmfusion.models.generators.base import Sampling
-from mmfusion.training.agreement import gather
+from mmfusion.training.agreement import gather_to_first
 from mmfusion.training.callbacks.table import Answered
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch, DataError, EncodedSample, Media, SampleRef
@@ -121,8 +121,10 @@ class Answering:
         return figures
 
     def rows(self) -> list[Answered]:
-        """What is shown of all ranks, source by source; each rank must call it."""
-        rows = sorted(gather(self._rows), key=lambda row: row[:2])
+        """What is shown of all ranks, source by source, on rank 0 alone, for rows hold whole media;
+        each rank must call it.
+        """
+        rows = sorted(gather_to_first(self._rows), key=lambda row: row[:2])
         return [row for *_, row in rows]
 
     def _ask(self, number: int, name: str, source: Source, chat: bool) -> dict[str, float]:
