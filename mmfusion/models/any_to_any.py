@@ -63,6 +63,7 @@ class AnyToAnyModel(nn.Module):
 
     Attributes:
         needs: parts that are loaded of each generator.
+        stored: parts of each generator whose work comes with the targets.
         target_processors: those that take the place of a generator's own.
     """
 
@@ -108,6 +109,7 @@ class AnyToAnyModel(nn.Module):
         self._output_factories = dict(output_projectors or {})
         given = needs or {}
         self.needs = {modality: frozenset(given.get(modality, ())) for modality in self.generators}
+        self.stored: dict[str, frozenset[str]] = {}
         self.target_processors: dict[str, MediaProcessor] = {}
         self._captioned = frozenset(captioned)
         self._step_captions = frozenset(step_captions)

@@ -205,7 +205,8 @@ def _stand_in(model: AnyToAnyModel, folder: Path, stored: Mapping[str, StoredPar
         }
         if not own:
             continue
-        model.needs[modality] -= frozenset(own)
+        model.stored[modality] = frozenset(own)
+        model.needs[modality] -= model.stored[modality]
         model.target_processors[modality] = StoredProcessor(
             generator.target_processor(),
             {name: spec for one in own.values() for name, spec in one.specs.items()},

@@ -11,6 +11,16 @@ from torch.nn import functional as F
 from mmfusion.types import Conditioning
 
 
+def units(given: Conditioning, dtype: torch.dtype = torch.float32) -> Conditioning:
+    """With each of its vectors at length 1."""
+    tokens, pooled = (
+        None if x is None else F.normalize(x.float(), dim=-1).to(dtype)
+        for x in (given.tokens, given.pooled)
+    )
+    assert tokens is not None
+    return Conditioning(tokens, pooled, given.mask)
+
+
 def similarities(ours: Conditioning, texts: Conditioning) -> Tensor:
     """(M, K) fp32 cosines of M conditionings and K text encodings: the mean over the valid tokens
     of the text, averaged with that of the pooled vectors where both have such.
@@ -25,11 +35,10 @@ def similarities(ours: Conditioning, texts: Conditioning) -> Tensor:
             "equal to be compared. Use a QueryDecoder."
         )
     with torch.autocast(ours.tokens.device.type, enabled=False):  # they are close to one another
-        a, b = (F.normalize(given.tokens.float(), dim=-1) for given in (ours, texts))
-        mask = texts.valid.to(b)
+        a, b = units(ours), units(texts)
+        mask = texts.valid.to(b.tokens)
         shares = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        cosines = a.flatten(1) @ (b * shares[..., None]).flatten(1).T
-        if ours.pooled is None or texts.pooled is None:
+        cosines = a.tokens.flatten(1) @ (b.tokens * shares[..., None]).flatten(1).T
+        if a.pooled is None or b.pooled is None:
             return cosines
-        a, b = (F.normalize(given.float(), dim=-1) for given in (ours.pooled, texts.pooled))
-        return (cosines + a @ b.T) / 2
+        return (cosines + a.pooled @ b.pooled.T) / 2

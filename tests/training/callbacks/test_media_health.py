@@ -218,13 +218,32 @@ def test_media_are_made_and_judged_the_same_in_any_grouping(
     assert module.model.needs["image"] == PARTS
 
 
-def test_without_the_true_media_nothing_is_judged(home: Path, tmp_path: Path) -> None:
-    """Where features were stored instead of them."""
+@pytest.fixture(scope="module")
+def stored(home: Path) -> tuple[MultimodalModule, Any]:
+    """The stage on stored features, which took the place of the media."""
     path = str(recipe(home, data__pack_tokens=48))
-    main(["data", "encode", path, "--out", str(tmp_path), "--media=instead"])
-    module, data = from_recipe(path, [f"--data.features={tmp_path}"])
+    main(["data", "encode", path, "--out", str(home / "features"), "--media=instead"])
+    module, data = from_recipe(path, [f"--data.features={home}/features"])
     data.val_sources = data.sources
     module.configure_model()
+    return module, data
+
+
+def test_stored_encodings_serve_where_the_parts_are_not_built(
+    home: Path, stored: tuple[MultimodalModule, Any]
+) -> None:
+    live = validated(*built(home), generate_samples=0)
+    found = validated(*stored, generate_samples=0)
+    generator = stored[0].model.generator("image")
+    assert generator.text_encoder is None
+    assert generator.vae is None
+    assert {"val/cosine/image", "val/retrieval@5/image", "val/denoising/image/caption"} <= {*found}
+    assert found == pytest.approx(live, rel=1e-4, abs=1e-5)
+
+
+def test_without_the_true_media_nothing_is_judged(stored: tuple[MultimodalModule, Any]) -> None:
+    """Where features were stored instead of them."""
+    module, data = stored
     make_emit(module.eval(), data)
     options = {"generate_samples": 12, "media_samples": 6, "max_new_tokens": 3, "sampling": STEPS}
     found = validated(module, data, judges={"image": Bright()}, **options)
