@@ -20,16 +20,25 @@ class Question:
         text: the prompt as text; placeholders once an item.
         truth: the last answer as text.
         wanted: modalities of the media in the last answer, in reading order.
+        spoken: whether words of the last answer are said aloud.
     """
 
     prompt: EncodedSample
     text: str
     truth: str
     wanted: tuple[str, ...] = ()
+    spoken: bool = False
 
 
-def as_question(sample: EncodedSample, tokenizer: Any) -> Question:
+def as_question(
+    sample: EncodedSample, tokenizer: Any, speech_ids: tuple[int, int] | None = None
+) -> Question:
     """Cut a sample before the last run of trained tokens.
+
+    Args:
+        sample: with an answer.
+        tokenizer: of the LLM.
+        speech_ids: of the signal tokens around what is said aloud, where there are such.
 
     Raises:
         ValueError: where nothing is trained.
@@ -42,6 +51,7 @@ def as_question(sample: EncodedSample, tokenizer: Any) -> Question:
     start = end - 1
     while start and planned.trained[start - 1]:
         start -= 1
+    answer = planned.input_ids[start:end]
     kept = sum(slots.start < start for slots in planned.media)
     prompt = PlannedSample(
         planned.input_ids[:start], planned.trained[:start] & False, planned.media[:kept]
@@ -51,8 +61,9 @@ def as_question(sample: EncodedSample, tokenizer: Any) -> Question:
             sample, planned=prompt, tensors=sample.tensors[:kept], targets=(), captions=()
         ),
         text=tokenizer.decode(_without_repeats(prompt)),
-        truth=tokenizer.decode(planned.input_ids[start:end], skip_special_tokens=True).strip(),
+        truth=tokenizer.decode(answer, skip_special_tokens=True).strip(),
         wanted=tuple(slots.modality for slots in planned.targets if slots.start >= start),
+        spoken=speech_ids is not None and speech_ids[0] in answer.tolist(),
     )
 
 

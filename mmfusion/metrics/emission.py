@@ -1,4 +1,4 @@
-"""Does the model answer with media when it should, and only then? Over all ranks."""
+"""Does the model answer with media, or aloud, when it should, and only then? Over all ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryStatScores
 
+SPEECH = "speech"
+"""Counted beside the modalities: an answer of which words are said aloud."""
+
 
 class Emission(nn.Module):
     """Precision, recall and F1 of answering with a modality, counted over answers.
 
     Args:
-        modalities: that the model makes, in the same order on every rank.
+        modalities: that the model makes, and :data:`SPEECH` where it speaks, in the same order on
+            every rank.
     """
 
     def __init__(self, modalities: Sequence[str]) -> None:

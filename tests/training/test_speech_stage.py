@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 import mmfusion
 from mmfusion.cli import main
+from mmfusion.data.validation import spread
 from mmfusion.inference import Chat
 from mmfusion.models.generation import split_speech
 from mmfusion.models.generators.base import Sampling
@@ -21,7 +23,11 @@ from mmfusion.models.speakers.base import Speaker
 from mmfusion.models.speakers.piper import Piper
 from mmfusion.processing.audios import as_wav
 from mmfusion.tools.chat import Session
+from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.rebuild import from_recipe
+from mmfusion.training.resume import find
 from mmfusion.types import Media, Text
+from tests.training.callbacks.test_validation import trainer_of
 from tests.training.pictures import LORA, NEW
 from tests.training.tiny import fit, write_recipe
 
@@ -70,6 +76,33 @@ def test_the_model_decides_to_speak(chat: Chat) -> None:
     begun = [bool(answer.parts) and answer.parts[0].spoken for answer in answers]
     assert sum(begun) >= 5, begun
     assert chat.model.llm.new_tokens == ["<speech>", "</speech>"]
+
+
+def test_validation_counts_who_is_answered_aloud(run: Path, chat: Chat) -> None:
+    def converter(spoken: bool) -> dict[str, Any]:
+        return {
+            "class_path": CONVERTER,
+            "init_args": {"prompts": ["w33 {caption}"], "spoken": spoken},
+        }
+
+    sources = {
+        name: {"shards": f"{run.parent}/words-*.tar", "converter": converter(name == "said")}
+        for name in ("said", "written")
+    }
+    module, data = from_recipe(f"{run}/config.yaml", [f"--data.val_sources={json.dumps(sources)}"])
+    module.restore(find(run))
+    callback = Validation(generate_samples=6, table_samples=0, max_new_tokens=4)
+    (figures,) = trainer_of(callback).validate(module, data, verbose=False)
+    right = given = 0
+    for name, source in data.val_sources.items():
+        for index in spread(len(source), 6):
+            answer = chat.generate([source[index].messages[0]], max_new_tokens=4)
+            aloud = any(part.spoken for part in answer.parts)
+            given, right = given + aloud, right + (aloud and name == "said")
+    assert right
+    assert figures["val/emission/recall/speech"] == pytest.approx(right / 6)
+    assert figures["val/emission/precision/speech"] == pytest.approx(right / given)
+    assert figures["val/emission/f1/speech"] == pytest.approx(2 * right / (given + 6))
 
 
 def forced(chat: Chat, answer: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ them among themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import lightning as L
 from torch import Tensor
@@ -25,10 +25,11 @@ from mmfusion.data.reader import Budget, Reader
 from mmfusion.data.source import Source
 from mmfusion.data.validation import spread
 from mmfusion.metrics.answers import Question, as_question
-from mmfusion.metrics.emission import Emission
+from mmfusion.metrics.emission import SPEECH, Emission
 from mmfusion.metrics.judges.base import Judge
-from mmfusion.models.generation import Run, find_runs, generate, make_media
+from mmfusion.models.generation import Run, find_runs, generate, make_media, split_speech
 from mmfusion.models.generators.base import Sampling
+from mmfusion.processing.processor import Processor
 from mmfusion.training.agreement import gather_to_first
 from mmfusion.training.callbacks.table import Answered
 from mmfusion.training.module import MultimodalModule
@@ -72,7 +73,7 @@ class Reply:
 
     Attributes:
         text: without special tokens.
-        emitted: modalities of the media it holds.
+        emitted: modalities of the media it holds, and ``speech`` where it is said aloud.
         made: those media, where they are made.
     """
 
@@ -100,11 +101,12 @@ class Answering:
     ) -> None:
         self._trainer, self._module, self._asking = trainer, module, asking
         self._data = cast(MultimodalData, trainer.datamodule)  # type: ignore[attr-defined]
-        self._processor: Any = self._data.processor
+        self._processor = cast(Processor, self._data.processor)
         self._judges = {name: judge.to(module.device) for name, judge in judges.items()}
         for judge in self._judges.values():
             judge.reset()
-        self._emission = Emission(list(module.model.generators)).to(module.device)
+        speech = [SPEECH] if self._processor.speech_ids else []
+        self._emission = Emission([*module.model.generators, *speech]).to(module.device)
         self._rows: list[tuple[int, int, Answered]] = []
 
     def figures(self) -> dict[str, float]:
@@ -146,7 +148,7 @@ class Answering:
                     exact.update({"prediction_text": reply.text, "id": key}, target)
             self._look(number, group, replies)
             if chat:
-                wanted = [asked.question.wanted for asked in group]
+                wanted = [_with_speech(q.wanted, q.spoken) for q in (a.question for a in group)]
                 self._emission.update([reply.emitted for reply in replies], wanted)
         some = exact.update_called or self._trainer.world_size > 1
         if not (chat and asking.generate_samples and some):
@@ -166,7 +168,8 @@ class Answering:
             item = reader.plan(ref)
             sample = reader.finish(item) if isinstance(item, Item) else item
             if isinstance(sample, EncodedSample):  # bad ones are reported with the losses
-                question = as_question(sample, self._processor.tokenizer)
+                processor = self._processor
+                question = as_question(sample, processor.tokenizer, processor.speech_ids)
                 yield Asked(ref, question, index in shown, index in drawn)
 
     def _answer(self, group: Sequence[Asked]) -> list[Reply]:
@@ -187,8 +190,21 @@ class Answering:
             runs = [run for run in find_runs(ids, signals) if run.start < longest]
             made = self._make(group, prompts, ids, runs)
         texts = self._processor.tokenizer.batch_decode(ids[:, :longest], skip_special_tokens=True)
-        emitted = [frozenset(r.modality for r in runs if r.row == row) for row in range(len(group))]
+        spoken = self._spoken(ids[:, :longest])
+        emitted = [
+            _with_speech((run.modality for run in runs if run.row == row), aloud)
+            for row, aloud in enumerate(spoken)
+        ]
         return [Reply(t.strip(), e, m) for t, e, m in zip(texts, emitted, made, strict=True)]
+
+    def _spoken(self, ids: Tensor) -> list[bool]:
+        """Whether words are said aloud in each of (B, N) new ids."""
+        decode, speech_ids = self._processor.tokenizer.decode, self._processor.speech_ids
+        said = ([piece for piece, aloud in split_speech(row, speech_ids) if aloud] for row in ids)
+        return [
+            any(decode(piece, skip_special_tokens=True).strip() for piece in pieces)
+            for pieces in said
+        ]
 
     def _make(
         self, group: Sequence[Asked], prompts: Batch, ids: Tensor, runs: Sequence[Run]
@@ -238,6 +254,10 @@ def is_chat(source: Source) -> bool:
         except DataError:
             continue
     return False
+
+
+def _with_speech(modalities: Iterable[str], spoken: bool) -> frozenset[str]:
+    return frozenset([*modalities, *([SPEECH] if spoken else [])])
 
 
 def precision(trainer: L.Trainer) -> AbstractContextManager:

@@ -7,7 +7,7 @@
 - ``val/exact_match/<source>`` and ``val/f1/<source>``, in percent (SQuAD's, by torchmetrics), of
   greedy answers to some samples of each source of conversations, where the true answer has words;
 - ``val/emission/{precision,recall,f1}/<modality>`` of the same answers: media when they should hold
-  some, and only then;
+  some, and only then; of ``speech``: said aloud when they should be;
 - what the conditioning of the true answers' media is worth (:mod:`.media_health`):
   ``val/cosine/<modality>``, ``val/retrieval@{1,5}/<modality>`` among ``val/captions/<modality>``,
   ``val/denoising/<modality>/{ours,caption,empty}`` and ``val/denoising_gain/<modality>``;
