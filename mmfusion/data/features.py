@@ -26,7 +26,7 @@ from mmfusion.data.index import ShardError
 from mmfusion.data.shards import Shards
 from mmfusion.data.source import Source
 from mmfusion.data.whole_file import write_whole
-from mmfusion.processing.stored import Spec, read_header
+from mmfusion.processing.stored import DTYPES, Spec, read_header
 from mmfusion.types import Media, Sample
 
 MANIFEST = "features.json"
@@ -111,7 +111,7 @@ class Features:
                 f"data.features: {folder} has no {MANIFEST}: features were not made there, or not "
                 f"all of them. Run: {command}"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FeaturesError(
                 f"{folder / MANIFEST} is damaged ({error}). Make the features again by: {command}"
             ) from None
@@ -121,7 +121,7 @@ class Features:
             parts = {
                 name: StoredPart(
                     dict(part["identity"]),
-                    {n: (str(d), tuple(shape)) for n, (d, shape) in part["specs"].items()},
+                    {n: _spec(*spec) for n, spec in part["specs"].items()},
                 )
                 for name, part in content["parts"].items()
             }
@@ -131,6 +131,18 @@ class Features:
                 f"{folder / MANIFEST} is damaged or of another version ({error!r}). Make the "
                 f"features again by: {command}"
             ) from None
+
+
+def _spec(dtype: Any, shape: Any) -> Spec:
+    """As it was written.
+
+    Raises:
+        ValueError: for a type that no part gives, or what is no size.
+    """
+    sizes = [size for size in shape if size is not None]
+    if dtype not in DTYPES or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"tensors of {dtype}, {shape}")
+    return dtype, tuple(shape)
 
 
 class StoredSource(Source):

@@ -41,7 +41,8 @@ Spec = tuple[str, tuple[int | None, ...]]
 ABOUT = "about"
 """The one key of the metadata; its value is JSON."""
 _REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_COUNT = re.compile(r"\d{1,9}")
+_COUNT = re.compile(r"\d{1,6}")
+"""Features of an item: a sample is planned for as many tokens, whatever its file holds."""
 
 
 def item_file(tensors: MediaTensors, about: Mapping[str, str]) -> bytes:

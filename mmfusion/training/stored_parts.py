@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.features import (
+    MANIFEST,
     Features,
     FeaturesError,
     Identity,
@@ -31,7 +32,9 @@ from mmfusion.paths import expand
 from mmfusion.processing.processor import settings_of
 from mmfusion.processing.stored import StoredProcessor, read_item
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.stored_shapes import misfit, shapes_of
 from mmfusion.tuning import Frozen, Policy
+from mmfusion.types import DataError
 
 SECTIONS = ("sources", "val_sources")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".json", ".txt", ".model")
@@ -157,7 +160,7 @@ def use_features(
 
     Raises:
         FeaturesError: where the features are not complete, of other weights, settings, data or
-            converters, or of a part that trains.
+            converters, of other shapes than the part gives, or of a part that trains.
     """
     assert data.features is not None
     folder = Path(expand(data.features))
@@ -179,6 +182,13 @@ def use_features(
                 + "\n  ".join(changed)
                 + f"\nMake them again by: {command}"
             )
+        kind, modality, of = split_part(part)
+        shapes = shapes_of(cast(Any, getattr(model, kind)[modality]), of)
+        if odd := misfit(features.parts[part].specs, shapes):
+            raise FeaturesError(
+                f"data.features: {folder / MANIFEST} says that {part} gave {odd}. Make the "
+                f"features again by: {command}"
+            )
     for section in SECTIONS:
         sources = getattr(data, section)
         for source in sources:
@@ -186,7 +196,13 @@ def use_features(
             sources[source] = stored_source(
                 features, folder, one, sources[source], converter_of(recipe, one), command
             )
-    _stand_in(model, folder, {part: features.parts[part] for part in here})
+    try:
+        _stand_in(model, folder, {part: features.parts[part] for part in here})
+    except (OSError, DataError) as error:
+        raise FeaturesError(
+            f'data.features: the encoding of "" in {folder} cannot be read: {error}\nMake the '
+            f"features again by: {command}"
+        ) from error
 
 
 def _stand_in(model: AnyToAnyModel, folder: Path, stored: Mapping[str, StoredPart]) -> None:

@@ -43,15 +43,28 @@ def test_the_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert other.fingerprint != part.fingerprint
 
 
+def with_specs(specs: str) -> str:
+    """A manifest of one part."""
+    part = f'{{"identity": {{}}, "specs": {specs}}}'
+    return f'{{"version": 1, "parts": {{"encoders.image": {part}}}, "sources": {{}}}}'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "has no features.json: features were not made there, or not all"),
         ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
         ("[]", "damaged or of another version"),
         ('{"version": 2, "parts": {}, "sources": {}}', "version 2, expected 1"),
         ('{"version": 1, "parts": {"a": 3}, "sources": {}}', "damaged"),
         ('{"version": 1, "parts": {}, "sources": {"a": {"b": 1}}}', "damaged"),
+        (with_specs('{"features": ["F32", [null, -8]]}'), "tensors of F32, .None, -8."),
+        (with_specs('{"features": ["F32", "88"]}'), "tensors of F32, 88"),
+        (with_specs('{"features": ["F32", [true]]}'), "tensors of F32"),
+        (with_specs('{"features": ["I64", [null, 8]]}'), "tensors of I64"),
+        (with_specs('{"features": [["F32"], [8]]}'), "damaged"),
+        (with_specs('{"features": ["F32"]}'), "damaged"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused_with_the_command(

@@ -118,7 +118,7 @@ def test_other_tensors_than_the_set_holds_are_data_errors(data: bytes, reason: s
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize("count", ["-1", "1e9", "9" * 10, ""])
+@pytest.mark.parametrize("count", ["-1", "1e9", "9" * 7, ""])
 def test_a_forged_number_of_features_is_refused(processor: StoredProcessor, count: str) -> None:
     with pytest.raises(DataError, match="num_features"):
         processor.num_features(media(item_file({}, {"num_features": count})))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mmfusion
 from mmfusion.cli import main
-from mmfusion.data.features import MANIFEST
+from mmfusion.data.features import MANIFEST, FeaturesError
 from mmfusion.data.index import index_path
 from mmfusion.data.shards import Shards
 from mmfusion.data.writer import ShardWriter
@@ -189,6 +189,25 @@ def test_stale_and_foreign_features_are_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_manifest_of_other_tensors_than_the_part_gives_is_refused(
+    features: Path, tmp_path: Path
+) -> None:
+    """Nothing is made as large as a stranger says."""
+    shutil.copytree(features, tmp_path / "f")
+    content = json.loads((features / MANIFEST).read_text())
+    part = content["parts"]["encoders.image"]
+    for specs in (
+        {FEATURES: ["F32", [None, 9]]}, {FEATURES: ["F32", [10**12, 16]]}, {},
+        {FEATURES: ["BOOL", [None, 16]]}, {**part["specs"], "more": ["F32", [10**12]]},
+    ):  # fmt: skip
+        part["specs"] = specs
+        (tmp_path / "f" / MANIFEST).write_text(json.dumps(content))
+        message = r"features.json says that encoders.image gave \{.*\}, expected numbers .*16"
+        with pytest.raises(FeaturesError, match=message) as error:
+            from_recipe(str(DEBUG), [f"--data.features={tmp_path}/f"])
+        assert f"data encode {DEBUG} --out {tmp_path}/f" in str(error.value)
+
+
 def test_changed_weights_refuse_old_features(
     cache: Path, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +362,11 @@ def test_a_denoiser_may_train_beside_stored_encodings(home: Path) -> None:
     out = home / "beside"
     main(["data", "encode", str(recipe), "--out", str(out), denoiser])
     from_recipe(str(recipe), [denoiser, f"--data.features={out}"])
+    empty = out / "generators.image.empty.safetensors"
+    for content in (b"torn", None):
+        empty.write_bytes(content) if content else empty.unlink()
+        with pytest.raises(FeaturesError, match=r'the encoding of "" in .* cannot be read'):
+            from_recipe(str(recipe), [denoiser, f"--data.features={out}"])
     for part in ("generators", "generators.image", "generators.image.vae"):
         tuning = f'--model.tuning={{"{part}": {full}}}'
         with pytest.raises(ValueError, match=rf"which model.tuning.{part} trains"):

@@ -21,9 +21,11 @@ from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, VAE, 
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.models.generators.stable_audio import StableAudio
 from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
+from mmfusion.models.generators.stored import MASK, TOKENS, with_moments, with_text
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
+from mmfusion.training.stored_shapes import misfit, shapes_of
 from mmfusion.tuning import Full, LoRA, Policy
 from mmfusion.types import Conditioning, TargetBatch
 from tests.models.generators.families import (
@@ -288,6 +290,18 @@ def test_sizes_can_be_had_without_values(case: Case) -> None:
     ours, theirs = dict(fresh.named_parameters()), dict(case.generator.named_parameters())
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert all(parameter.is_meta for parameter in ours.values())
+
+
+def test_shapes_of_what_may_be_stored_are_known_before_building(case: Case) -> None:
+    fresh, given = case.family.make(case.path), case.generator.encode_text(["a"])
+    text = shapes_of(fresh, TEXT_ENCODER)
+    found = {name: ("F32", tuple(t.shape[1:])) for name, t in with_text(given).items()}
+    found |= {MASK: ("BOOL", found[MASK][1])} if MASK in found else {}
+    assert misfit(found, text) is None
+    assert misfit(found | {TOKENS: ("F32", (1, 1))}, text) is not None
+    moments = with_moments(case.generator.moments(case.targets()))
+    assert shapes_of(fresh, VAE) == {name: tuple(t.shape[1:]) for name, t in moments.items()}
+    assert not list(fresh.parameters())
 
 
 def test_dropped_conditioning_is_as_good_as_the_encoding_of_no_words(case: Case) -> None:
