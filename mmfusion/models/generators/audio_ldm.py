@@ -68,8 +68,7 @@ class AudioLDM(TrainablePipeline):
             )
         self.check_width(unet["projection_class_embeddings_input_dim"], self.spec.dim)
         self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
-        self.clip = MelClip(self.path, vae, self.configs["vocoder"], seconds, unet["sample_size"])
-        self.window = window
+        self.clip = MelClip(self.path, self.configs, seconds, window)
 
     def _load(self, name: str, component: Component, pretrained: bool) -> Any:
         if name == "vocoder" and "GriffinLim" in self.index["vocoder"]:
@@ -81,7 +80,7 @@ class AudioLDM(TrainablePipeline):
         return ConditioningSpec(1, int(self.configs["text_encoder"]["projection_dim"]))
 
     def target_processor(self) -> MediaProcessor:
-        return self.clip.processor(self.window)
+        return self.clip.processor()
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         # RoBERTa keeps two positions for itself. What is padding in all captions is left out.
@@ -104,6 +103,5 @@ class AudioLDM(TrainablePipeline):
         return self.denoiser(noisy, timesteps_M, None, class_labels=label).sample
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
-        channels = int(self.configs["denoiser"]["in_channels"])
-        latents = draw_latents(self, self.clip.latents(channels), ours, none, sampling)
+        latents = draw_latents(self, self.clip.latents, ours, none, sampling)
         return self.clip.heard(latents, self.vae, self.vocoder)

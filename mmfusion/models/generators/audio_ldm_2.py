@@ -23,7 +23,6 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     ClapModel,
     GPT2LMHeadModel,
     SpeechT5HifiGan,
@@ -80,7 +79,7 @@ class AudioLDM2(DiffusersPipeline):
         super().__init__(path, dtype, revision)
         if t5_tokens < 1:
             raise ValueError(f"t5_tokens is {t5_tokens}; expected 1 or more.")
-        self.t5_tokens, self.window = t5_tokens, window
+        self.t5_tokens = t5_tokens
         unet, vae = self.configs["denoiser"], self.configs["vae"]
         self.generated = int(self.configs["language_model"].get("max_new_tokens") or 8)
         self.widths = [
@@ -96,21 +95,21 @@ class AudioLDM2(DiffusersPipeline):
         for takes, gives in zip(taken, self.widths, strict=True):
             self.check_width(int(takes), gives)
         self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
-        self.clip = MelClip(self.path, vae, self.configs["vocoder"], seconds, unet["sample_size"])
+        self.clip = MelClip(self.path, self.configs, seconds, window)
 
     @property
     def spec(self) -> ConditioningSpec:
         return ConditioningSpec(self.generated + self.t5_tokens, max(self.widths))
 
     def target_processor(self) -> MediaProcessor:
-        return self.clip.processor(self.window)
+        return self.clip.processor()
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         pipeline: Any = AudioLDM2Pipeline(
             vae=None, text_encoder=self.text_encoder, text_encoder_2=self.text_encoder_2,
             projection_model=self.projection, language_model=self.language_model,
-            tokenizer=self._read("tokenizer"), tokenizer_2=self._read("tokenizer_2"),
+            tokenizer=self.tokenizer(), tokenizer_2=self.tokenizer("tokenizer_2"),
             feature_extractor=None, unet=None, scheduler=None, vocoder=None,
         )  # fmt: skip
         found = []
@@ -126,13 +125,6 @@ class AudioLDM2(DiffusersPipeline):
         masks = [given.mask for given in texts if given.mask is not None]
         t5 = Conditioning(torch.cat([given.tokens for given in texts]), mask=torch.cat(masks))
         return self._joined(states, t5)
-
-    def _read(self, folder: str) -> Any:
-        if folder not in self._tokenizers:
-            self._tokenizers[folder] = AutoTokenizer.from_pretrained(
-                self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
-            )
-        return self._tokenizers[folder]
 
     def _joined(self, generated: Tensor, t5: Conditioning) -> Conditioning:
         """End to end, the narrower followed by zeros; see :meth:`streams`."""
@@ -184,8 +176,7 @@ class AudioLDM2(DiffusersPipeline):
         ).sample
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
-        channels = int(self.configs["denoiser"]["in_channels"])
-        latents = draw_latents(self, self.clip.latents(channels), ours, none, sampling)
+        latents = draw_latents(self, self.clip.latents, ours, none, sampling)
         return self.clip.heard(latents, self.vae, self.vocoder)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -28,11 +29,16 @@ class ClipProcessor(MediaProcessor):
         width: pixels.
         num_frames: of a clip.
         fps: frames a second.
+
+    Raises:
+        ValueError: for a clip without frames or time.
     """
 
     modality = "video"
 
     def __init__(self, height: int, width: int, num_frames: int, fps: float) -> None:
+        if num_frames < 1 or not fps > 0:
+            raise ValueError(f"num_frames is {num_frames}, fps {fps}; expected more than 0.")
         self.height, self.width = height, width
         self.num_frames, self.fps = num_frames, fps
 
@@ -61,15 +67,13 @@ class ClipProcessor(MediaProcessor):
         return {"pixels": torch.full(shape, 255, dtype=torch.uint8)}
 
 
-def checked_sides(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Height and width of frames, in pixels.
-
-    Raises:
-        ValueError: where one is no multiple of what VAE and denoiser divide it by.
+def drawn_clips(pipeline: Any, clip: ClipProcessor, **options: Any) -> list[Media]:
+    """As large, long and fast as the processor's, by a pipeline of diffusers with its options for
+    these items.
     """
-    if height % factor or width % factor:
-        raise ValueError(f"height is {height}, width {width}; expected multiples of {factor}.")
-    return height, width
+    sizes = {"height": clip.height, "width": clip.width, "num_frames": clip.num_frames}
+    found = pipeline(output_type="pt", **sizes, **options).frames
+    return [as_mp4(frames, clip.fps) for frames in found]
 
 
 def as_mp4(frames_TCHW: Tensor, fps: float) -> Media:

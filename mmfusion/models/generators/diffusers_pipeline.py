@@ -168,15 +168,19 @@ class DiffusersPipeline(Generator):
         """Of whatever is built."""
         return next(self.parameters()).device
 
-    def tokenize(
-        self, captions: Sequence[str], length: int, folder: str = "tokenizer"
-    ) -> tuple[Tensor, Tensor]:
-        """(M, ``length``) ids and their mask (int64, 1 where valid), cut and padded."""
+    def tokenizer(self, folder: str = "tokenizer") -> Any:
+        """One of the pipeline's."""
         if folder not in self._tokenizers:
             self._tokenizers[folder] = AutoTokenizer.from_pretrained(
                 self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
             )
-        found = self._tokenizers[folder](
+        return self._tokenizers[folder]
+
+    def tokenize(
+        self, captions: Sequence[str], length: int, folder: str = "tokenizer"
+    ) -> tuple[Tensor, Tensor]:
+        """(M, ``length``) ids and their mask (int64, 1 where valid), cut and padded."""
+        found = self.tokenizer(folder)(
             list(captions), padding="max_length", max_length=length, truncation=True,
             return_tensors="pt", return_attention_mask=True,
         )  # fmt: skip
@@ -231,12 +235,21 @@ class DiffusersPipeline(Generator):
         return made
 
     @staticmethod
-    def options(sampling: Sampling, count: int) -> dict[str, Any]:
-        """What every pipeline calls the same: steps, scale, and a generator for each item."""
+    def options(ours: Conditioning, none: Conditioning, sampling: Sampling) -> dict[str, Any]:
+        """What every pipeline calls the same: both conditionings, steps, scale, and a generator for
+        each item.
+        """
+        pooled = {
+            "pooled_prompt_embeds": ours.pooled,
+            "negative_pooled_prompt_embeds": none.pooled,
+        }
         return {
+            "prompt_embeds": ours.tokens,
+            "negative_prompt_embeds": none.tokens,
+            **({} if ours.pooled is None else pooled),
             "num_inference_steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale,
-            "generator": sampling.noise(count),
+            "generator": sampling.noise(len(ours.tokens)),
         }
 
 

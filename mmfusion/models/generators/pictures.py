@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from mmfusion.models.generators.pixels import checked_sides
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.processing.images import center_crop, decode_image, resize
 from mmfusion.types import Media, MediaTensors
@@ -34,28 +35,26 @@ class SquareProcessor(MediaProcessor):
         return {"pixels": torch.full((3, self.size, self.size), 255, dtype=torch.uint8)}
 
 
-def checked_size(size: int, factor: int) -> int:
+def picture_size(size: int, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
     """A side of pictures, in pixels.
 
+    Args:
+        size: that is wanted (0: the denoiser's own).
+        denoiser: its configuration.
+        vae: its configuration.
+
     Raises:
-        ValueError: where it is no multiple of what VAE and denoiser divide it by.
+        ValueError: where it is no multiple of what the two divide it by.
     """
-    if size % factor:
-        raise ValueError(f"size is {size}; expected a multiple of {factor}.")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size = size or int(denoiser["sample_size"]) * factor
+    checked_sides(factor * int(denoiser.get("patch_size") or 1), size=size)
     return size
 
 
-def picture_moments(vae: Any, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (N, C, H/f, W/f) of an AutoencoderKL's latents of 8 bit
-    pictures.
-    """
-    posterior = vae.encode(as_signed(pixels_N3HW, vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
-
-
-def as_signed(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """8 bit pictures as VAEs take them, from -1 to 1."""
-    return pixels.to(dtype) / 127.5 - 1
+def drawn_pictures(pipeline: Any, size: int, **options: Any) -> list[Media]:
+    """By a pipeline of diffusers, with its options for these items."""
+    return [as_png(made) for made in pipeline(height=size, width=size, **options).images]
 
 
 def as_png(picture: Image.Image) -> Media:

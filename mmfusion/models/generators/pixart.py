@@ -26,12 +26,8 @@ from transformers import T5EncoderModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import (
-    SquareProcessor,
-    as_png,
-    checked_size,
-    picture_moments,
-)
+from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pixels import picture_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -71,11 +67,7 @@ class PixArt(DiffusersPipeline):
         transformer, vae = self.configs["denoiser"], self.configs["vae"]
         self.check_width(transformer["caption_channels"], self.spec.dim)
         self.check_width(transformer["in_channels"], vae["latent_channels"], "latents")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.size = checked_size(
-            size or int(transformer["sample_size"]) * factor,
-            factor * int(transformer["patch_size"]),
-        )
+        self.size = picture_size(size, transformer, vae)
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -111,15 +103,12 @@ class PixArt(DiffusersPipeline):
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(self.kind, tokenizer=None)
-        pictures = pipeline(
-            prompt_embeds=ours.tokens,
+        return drawn_pictures(
+            pipeline,
+            self.size,
             prompt_attention_mask=ours.valid.long(),
             negative_prompt=None,
-            negative_prompt_embeds=none.tokens,
             negative_prompt_attention_mask=none.valid.long(),
-            height=self.size,
-            width=self.size,
             use_resolution_binning=False,
-            **self.options(sampling, len(ours.tokens)),
-        ).images
-        return [as_png(picture) for picture in pictures]
+            **self.options(ours, none, sampling),
+        )

@@ -6,6 +6,7 @@ M clips, T mel frames, W mel bins, f the VAE's factor.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -106,10 +107,9 @@ class MelClip:
 
     Args:
         path: of the pipeline, for messages.
-        vae: its configuration.
-        vocoder: its configuration.
+        configs: of its ``denoiser``, ``vae`` and ``vocoder``.
         seconds: asked for (0: as the denoiser).
-        latents: frames of the denoiser's latents.
+        window: samples of the Fourier transform.
 
     Attributes:
         rate: samples a second.
@@ -117,12 +117,16 @@ class MelClip:
         bins: W.
         frames: T, a multiple of f.
         factor: f.
+        channels: of the VAE's latents.
         scale: of the VAE's latents.
     """
 
     def __init__(
-        self, path: str, vae: dict[str, Any], vocoder: dict[str, Any], seconds: float, latents: Any
+        self, path: str, configs: Mapping[str, dict[str, Any]], seconds: float, window: int
     ) -> None:
+        vae, vocoder = configs["vae"], configs["vocoder"]
+        latents = configs["denoiser"]["sample_size"]
+        self.window, self.channels = window, int(vae["latent_channels"])
         self.rate = int(vocoder["sampling_rate"])
         self.hop = math.prod(vocoder["upsample_rates"])
         self.bins = int(vocoder["model_in_dim"])
@@ -148,17 +152,14 @@ class MelClip:
         """Of a clip."""
         return self.frames * self.hop / self.rate
 
-    def processor(self, window: int) -> MelProcessor:
-        """Of clips.
+    def processor(self) -> MelProcessor:
+        """Of clips."""
+        return MelProcessor(self.rate, self.hop, self.frames, self.bins, self.window)
 
-        Args:
-            window: samples of the Fourier transform.
-        """
-        return MelProcessor(self.rate, self.hop, self.frames, self.bins, window)
-
-    def latents(self, channels: int) -> tuple[int, int, int]:
+    @property
+    def latents(self) -> tuple[int, int, int]:
         """Shape of a clip's latents."""
-        return channels, self.frames // self.factor, self.bins // self.factor
+        return self.channels, self.frames // self.factor, self.bins // self.factor
 
     def heard(self, latents: Tensor, vae: Any, vocoder: Any) -> list[Media]:
         """M clips of their scaled latents."""

@@ -15,13 +15,8 @@ from transformers import CLIPTextModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DType
-from mmfusion.models.generators.pictures import (
-    SquareProcessor,
-    as_png,
-    as_signed,
-    checked_size,
-    picture_moments,
-)
+from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pixels import as_signed, picture_moments
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
@@ -55,8 +50,7 @@ class StableDiffusion(TrainablePipeline):
         unet, vae = self.configs["denoiser"], self.configs["vae"]
         self.check_width(unet["cross_attention_dim"], self.spec.dim)
         self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.size = checked_size(size or int(unet["sample_size"]) * factor, factor)
+        self.size = picture_size(size, unet, vae)
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -88,11 +82,4 @@ class StableDiffusion(TrainablePipeline):
             StableDiffusionPipeline, tokenizer=None, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
-        pictures = pipeline(
-            prompt_embeds=ours.tokens,
-            negative_prompt_embeds=none.tokens,
-            height=self.size,
-            width=self.size,
-            **self.options(sampling, len(ours.tokens)),
-        ).images
-        return [as_png(picture) for picture in pictures]
+        return drawn_pictures(pipeline, self.size, **self.options(ours, none, sampling))

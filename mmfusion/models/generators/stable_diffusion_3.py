@@ -19,12 +19,9 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import (
-    SquareProcessor,
-    as_png,
-    checked_size,
-    picture_moments,
-)
+from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pixels import picture_moments
+from mmfusion.models.generators.stable_diffusion_xl import encode_by_both
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -69,11 +66,7 @@ class StableDiffusion3(DiffusersPipeline):
             )
         self.check_width(transformer["pooled_projection_dim"], self.spec.pooled_dim, "pooled")
         self.check_width(transformer["in_channels"], vae["latent_channels"], "latents")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.size = checked_size(
-            size or int(transformer["sample_size"]) * factor,
-            factor * int(transformer["patch_size"]),
-        )
+        self.size = picture_size(size, transformer, vae)
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -89,14 +82,8 @@ class StableDiffusion3(DiffusersPipeline):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        spec, found = self.spec, []
-        for encoder, folder in (
-            (self.text_encoder, "tokenizer"),
-            (self.text_encoder_2, "tokenizer_2"),
-        ):
-            ids, _ = self.tokenize(captions, spec.tokens - self.t5_tokens, folder)
-            found.append(encoder(ids, output_hidden_states=True))
-        clip = torch.cat([each.hidden_states[-2] for each in found], -1)
+        spec = self.spec
+        clip, found = encode_by_both(self, captions, spec.tokens - self.t5_tokens)
         clip = F.pad(clip, (0, spec.dim - clip.shape[-1]))
         t5 = clip.new_zeros(len(captions), self.t5_tokens, spec.dim)
         if self.text_encoder_3 is not None:
@@ -132,13 +119,4 @@ class StableDiffusion3(DiffusersPipeline):
         pipeline = self.pipeline(
             StableDiffusion3Pipeline, tokenizer=None, tokenizer_2=None, tokenizer_3=None
         )
-        pictures = pipeline(
-            prompt_embeds=ours.tokens,
-            pooled_prompt_embeds=ours.pooled,
-            negative_prompt_embeds=none.tokens,
-            negative_pooled_prompt_embeds=none.pooled,
-            height=self.size,
-            width=self.size,
-            **self.options(sampling, len(ours.tokens)),
-        ).images
-        return [as_png(picture) for picture in pictures]
+        return drawn_pictures(pipeline, self.size, **self.options(ours, none, sampling))

@@ -18,12 +18,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import (
-    SquareProcessor,
-    as_png,
-    checked_size,
-    picture_moments,
-)
+from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pixels import picture_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -70,8 +66,7 @@ class StableDiffusionXL(DiffusersPipeline):
                 f"dtype is float16, in which the VAE of {path} overflows (force_upcast in its "
                 "config.json); use bfloat16 or float32."
             )
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.size = checked_size(size or int(unet["sample_size"]) * factor, factor)
+        self.size = picture_size(size, unet, vae)
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -88,15 +83,8 @@ class StableDiffusionXL(DiffusersPipeline):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """For "" zeros, where the pipeline was trained so (``force_zeros_for_empty_prompt``)."""
-        found = []
-        for encoder, folder in (
-            (self.text_encoder, "tokenizer"),
-            (self.text_encoder_2, "tokenizer_2"),
-        ):
-            ids, _ = self.tokenize(captions, self.spec.tokens, folder)
-            found.append(encoder(ids, output_hidden_states=True))
-        tokens = torch.cat([each.hidden_states[-2] for each in found], -1)
-        pooled = found[-1].text_embeds
+        tokens, (_, second) = encode_by_both(self, captions, self.spec.tokens)
+        pooled = second.text_embeds
         if self.index.get("force_zeros_for_empty_prompt", True):
             empty = [m for m, caption in enumerate(captions) if not caption]
             tokens[empty], pooled[empty] = 0.0, 0.0
@@ -123,13 +111,17 @@ class StableDiffusionXL(DiffusersPipeline):
         pipeline = self.pipeline(
             StableDiffusionXLPipeline, tokenizer=None, tokenizer_2=None, add_watermarker=False
         )
-        pictures = pipeline(
-            prompt_embeds=ours.tokens,
-            pooled_prompt_embeds=ours.pooled,
-            negative_prompt_embeds=none.tokens,
-            negative_pooled_prompt_embeds=none.pooled,
-            height=self.size,
-            width=self.size,
-            **self.options(sampling, len(ours.tokens)),
-        ).images
-        return [as_png(picture) for picture in pictures]
+        return drawn_pictures(pipeline, self.size, **self.options(ours, none, sampling))
+
+
+def encode_by_both(
+    generator: DiffusersPipeline, captions: Sequence[str], length: int
+) -> tuple[Tensor, list[Any]]:
+    """By two CLIP text encoders: (M, length, D) of their last states but one, side by side; and
+    all that each gives.
+    """
+    found = []
+    for name, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        ids, _ = generator.tokenize(captions, length, folder)
+        found.append(getattr(generator, name)(ids, output_hidden_states=True))
+    return torch.cat([each.hidden_states[-2] for each in found], -1), found

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
-from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
+from mmfusion.models.generators.clips import ClipProcessor, drawn_clips
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import picture_moments
+from mmfusion.models.generators.pixels import checked_sides, picture_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
 
@@ -59,8 +59,8 @@ class TextToVideoSD(DiffusersPipeline):
         self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         own = int(unet["sample_size"]) * factor
-        self.height, self.width = checked_sides(height or own, width or own, factor)
-        self.num_frames, self.fps = num_frames, fps
+        self.clip = ClipProcessor(height or own, width or own, num_frames, fps)
+        checked_sides(factor, height=self.clip.height, width=self.clip.width)
 
     @property
     def spec(self) -> ConditioningSpec:
@@ -68,7 +68,7 @@ class TextToVideoSD(DiffusersPipeline):
         return ConditioningSpec(int(text["max_position_embeddings"]), int(text["hidden_size"]))
 
     def target_processor(self) -> MediaProcessor:
-        return ClipProcessor(self.height, self.width, self.num_frames, self.fps)
+        return self.clip
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
@@ -89,13 +89,5 @@ class TextToVideoSD(DiffusersPipeline):
         return self.denoiser(noisy, timesteps_M, given.tokens).sample
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
-        clips = self.pipeline(TextToVideoSDPipeline, tokenizer=None)(
-            prompt_embeds=ours.tokens,
-            negative_prompt_embeds=none.tokens,
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            output_type="pt",
-            **self.options(sampling, len(ours.tokens)),
-        ).frames
-        return [as_mp4(clip, self.fps) for clip in clips]
+        pipeline = self.pipeline(TextToVideoSDPipeline, tokenizer=None)
+        return drawn_clips(pipeline, self.clip, **self.options(ours, none, sampling))

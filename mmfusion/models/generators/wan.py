@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
-from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
+from mmfusion.models.generators.clips import ClipProcessor, drawn_clips
 from mmfusion.models.generators.diffusers_pipeline import Component, DType
-from mmfusion.models.generators.pictures import as_signed
+from mmfusion.models.generators.pixels import as_signed, checked_sides
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
@@ -72,20 +72,20 @@ class Wan(TrainablePipeline):
             )
         self.check_width(transformer["text_dim"], self.spec.dim)
         self.check_width(transformer["in_channels"], vae["z_dim"], "latents")
-        self.height, self.width = checked_sides(height, width, SIDES)
+        checked_sides(SIDES, height=height, width=width)
         factor = int(vae.get("scale_factor_temporal", 4))
         if num_frames < 1 or (num_frames - 1) % factor:
             raise ValueError(
                 f"num_frames is {num_frames}; expected one more than a multiple of {factor}."
             )
-        self.num_frames, self.fps = num_frames, fps
+        self.clip = ClipProcessor(height, width, num_frames, fps)
 
     @property
     def spec(self) -> ConditioningSpec:
         return ConditioningSpec(self.tokens, int(self.configs["text_encoder"]["d_model"]))
 
     def target_processor(self) -> MediaProcessor:
-        return ClipProcessor(self.height, self.width, self.num_frames, self.fps)
+        return self.clip
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         plain = [" ".join(html.unescape(html.unescape(text)).split()) for text in captions]
@@ -131,13 +131,5 @@ class Wan(TrainablePipeline):
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         """Guidance is a second pass of each step."""
-        clips = self.pipeline(WanPipeline, tokenizer=None)(
-            prompt_embeds=ours.tokens,
-            negative_prompt_embeds=none.tokens,
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            output_type="pt",
-            **self.options(sampling, len(ours.tokens)),
-        ).frames
-        return [as_mp4(clip, self.fps) for clip in clips]
+        pipeline = self.pipeline(WanPipeline, tokenizer=None)
+        return drawn_clips(pipeline, self.clip, **self.options(ours, none, sampling))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfusion.models.generators.clips import ClipProcessor, as_mp4, checked_sides
+from mmfusion.models.generators.clips import ClipProcessor, as_mp4
+from mmfusion.models.generators.pixels import checked_sides
 from mmfusion.processing.videos import decode_video, video_info
 from mmfusion.types import DataError, Media
 from tests.models.generators.families import clip
@@ -63,5 +64,9 @@ def test_corrupt_clips_and_odd_sides_are_refused() -> None:
     broken = Media("video", clip().data[:300], "mp4")
     with pytest.raises(DataError):
         ClipProcessor(16, 16, 2, 8.0)(broken)
-    with pytest.raises(ValueError, match="height is 18, width 32; expected multiples of 16"):
-        checked_sides(18, 32, 16)
+    for sides in ({"width": 32, "height": 18}, {"height": 0}, {"height": -16}):
+        with pytest.raises(ValueError, match=f"height is {sides['height']}; expected a multiple"):
+            checked_sides(16, **sides)
+    for frames, fps in ((0, 8.0), (2, 0.0), (2, float("nan"))):
+        with pytest.raises(ValueError, match=f"num_frames is {frames}, fps {fps}; expected more"):
+            ClipProcessor(16, 16, frames, fps)

@@ -58,7 +58,7 @@ def test_wan_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     path = tiny.save_wan(tmp_path / "wan")
     with pytest.raises(ValueError, match="num_frames is 6; expected one more than a multiple of 4"):
         Wan(path, 16, 16, num_frames=6)
-    with pytest.raises(ValueError, match="expected multiples of 16"):
+    with pytest.raises(ValueError, match="width is 24; expected a multiple of 16"):
         Wan(path, 16, 24)
     index = Path(path) / "model_index.json"
     values = json.loads(index.read_text())
