@@ -7,6 +7,7 @@ A new family is a class here (or beside it) and a line in ``FAMILIES`` of ``test
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ STEPS = 100
 """Of every tiny scheduler's training."""
 
 
-class Family:
+class Family(ABC):
     """One family on its tiny pipeline. ``g`` is its generator, built; items come one at a time.
 
     Attributes:
@@ -51,29 +52,29 @@ class Family:
     prediction: str | None = "epsilon"
     shift: float = 1.0
 
+    @abstractmethod
     def make(self, path: str, **options: Any) -> Any:
         """The generator, not built."""
-        raise NotImplementedError
 
+    @abstractmethod
     def media(self, seed: int) -> Media:
         """A target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoded(self, media: Media) -> Tensor:
         """A medium that was made, as numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
         """What the pipeline makes of captions, and of "" for guidance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latents(self, g: Any, tensors: dict[str, Tensor], draw: torch.Generator) -> Tensor:
         """(1, ...) of one target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predicted(self, g: Any, noisy: Tensor, time: Tensor, given: Conditioning) -> Tensor:
         """By a plain call of the denoiser."""
-        raise NotImplementedError
 
     def loss(self, g: Any, x: Tensor, given: Conditioning, draw: torch.Generator) -> Tensor:
         """() as the documentation says it."""
