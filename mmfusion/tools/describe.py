@@ -35,7 +35,7 @@ LAYER_ACTIVATIONS = 17
 (arXiv:2205.05198, eq. 1: 34 bytes at 2 bytes each, without the attention matrix)."""
 LEFT_OUT = (
     "Not counted: the interpreter and its libraries, kernels' caches and workspaces, the loss's "
-    "chunk of logits, activations of encoders and projectors, and loader processes."
+    "chunk of logits, activations of encoders and projectors, judges, and loader processes."
 )
 """What comes on top of the table of memory."""
 _MEDIA_PARTS = ("encoders", "input_projectors")
@@ -127,6 +127,9 @@ def description(recipe: str, overrides: Sequence[str] = ()) -> Description:
     command = RecipeCommand("", ["--config", recipe, *overrides])
     module, data = command.model, command.datamodule
     model: AnyToAnyModel = module.model
+    if data.val_sources:
+        for validation in command.validations:
+            validation.need(model)
     with torch.device("meta"):
         model.build(pretrained=False)
         groups = tuning.apply(model, module.tuning)

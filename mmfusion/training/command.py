@@ -31,6 +31,7 @@ from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.run_progress import RunProgress
+from mmfusion.training.callbacks.sample_pages import SamplePages
 from mmfusion.training.callbacks.start_timer import StartTimer
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
@@ -246,6 +247,7 @@ class RecipeCommand(LightningCLI):
                 run.set_aside(step if start else -1, attempt)
                 attempt.step = step
             self._progress().attempt = attempt
+            self._show_samples(SamplePages(run.path, "val"))
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
@@ -302,10 +304,25 @@ class RecipeCommand(LightningCLI):
                 f"{run.path} has no checkpoint to {self.name}; give the run as --run_dir, or use "
                 "the parts as the recipe makes them by --resume=none."
             )
-        if start is None:
-            return
-        self.model.restore(start)
-        log.info(f"weights of {start}")
+        step = 0
+        if start is not None:
+            step = int(read_checkpoint(start, "meta")["global_step"])
+            self.model.restore(start)
+            log.info(f"weights of {start}")
+        self._show_samples(SamplePages(run.path, self.name, step))
+
+    @property
+    def validations(self) -> list[Validation]:
+        """Those of the recipe; one in ``trainer.callbacks`` takes the place of ``validation``."""
+        given = _as_list(self.config_init.trainer.get("callbacks"))
+        found = [callback for callback in given if isinstance(callback, Validation)]
+        replaced = Validation in {type(callback) for callback in found}
+        return found if replaced else [*found, self.config_init.validation]
+
+    def _show_samples(self, pages: SamplePages) -> None:
+        """In the run directory, on rank 0."""
+        for validation in self.validations:
+            validation.pages = pages if rank() == 0 else None
 
     def _progress(self) -> RunProgress:
         return next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, RunProgress))

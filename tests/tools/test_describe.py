@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from mmfusion import tuning
 from mmfusion.cli import main
+from mmfusion.models.generators.base import PARTS
 from mmfusion.tools.describe import Description, description
 from mmfusion.training.rebuild import from_recipe
 from tests.training import pictures
@@ -134,3 +136,35 @@ def test_generators_and_what_they_take_are_shown(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Media of answers" in out
     assert "StableDiffusion" in out
+
+
+def test_parts_that_only_a_validation_needs_are_shown(tmp_path):
+    """``validation.media_samples``, also of a callback that takes its place."""
+    home = pictures.prepare(tmp_path)
+    align = {"next_token": pictures.NEXT_TOKEN, "align": pictures.objective("align")}
+    path = pictures.recipe(home, model__objectives=align)
+    words = {"class_path": "tests.training.tiny.TinyConverter"}
+    sources = {"words": {"shards": f"{home}/words-*.tar", "converter": words}}
+    callback = {
+        "class_path": "mmfusion.training.callbacks.validation.Validation",
+        "init_args": {"media_samples": 2},
+    }
+    validated = f"--data.val_sources={json.dumps(sources)}"
+    made = "--validation.media_samples=2"
+    sizes = [
+        {part.name: part.parameters for part in description(str(path), options).parts}
+        for options in (
+            [],
+            [made],  # without sources nothing is made
+            [validated],
+            [validated, made],
+            [validated, f"--trainer.callbacks={json.dumps([callback])}"],
+        )
+    ]
+    text, *others, whole, own = [size["generators.image"] for size in sizes]
+    assert others == [text, text]
+    module, _ = from_recipe(str(path))
+    module.model.need("image", PARTS)
+    module.configure_model()
+    everything = module.model.generator("image").parameters()
+    assert own == whole == sum(p.numel() for p in everything) > text > 0

@@ -207,6 +207,7 @@ def test_validation_counts_optimizer_steps_and_the_other_commands_use_the_run(
         home,
         trainer__max_steps=4,
         val_every_n_steps=2,
+        checkpoint__every_n_steps=2,
         data__val_sources={"val": {"shards": f"{home}/val-*.tar", "converter": converter}},
     )
     options = ["-c", str(recipe), f"--run_dir={tmp_path}/run"]
@@ -218,7 +219,12 @@ def test_validation_counts_optimizer_steps_and_the_other_commands_use_the_run(
     assert sorted(validated) == [1, 3]
     assert len(losses(run)) == 4
     main(["validate", *options])
-    main(["test", *options])
+    main(["test", *options, f"--resume={run.path}/checkpoints/step-00000002.ckpt"])
+    pages = {folder.name for folder in (run.path / "samples").iterdir()}
+    assert pages >= {"val-00000002", "val-00000004", "validate-00000004", "test-00000002"}
+    said = [(run.path / "samples" / f"{name}-00000004" / "samples.jsonl").read_text()
+            for name in ("val", "validate")]  # fmt: skip
+    assert said[0] == said[1]
     capsys.readouterr()
     main(["predict", *options])
     written = [json.loads(line) for line in (run.path / "predictions.jsonl").open()]

@@ -1,5 +1,6 @@
-"""Answered samples in the run directory, for whoever has no W&B: ``samples/<stage>-<step>/`` with
-``index.html``, ``samples.jsonl`` and the media, of the last few validations.
+"""Answered samples in the run directory, for whoever has no W&B: ``samples/<name>-<step>/`` with
+``index.html``, ``samples.jsonl`` and the media, of the last few validations. ``val`` are those of
+training, ``validate`` and ``test`` of the commands.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from jinja2 import Environment, PackageLoader
 
-from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.table import Answered
 from mmfusion.types import Media
 
@@ -26,19 +26,29 @@ MAX_BYTES = 8 * 2**20
 """Of a medium that is kept."""
 
 
-def write_samples(trainer: L.Trainer, stage: str, rows: Sequence[Answered]) -> Path | None:
-    """Write rows into the run directory, where this process writes one; the oldest beyond ``KEPT``
-    are removed.
+@dataclass(frozen=True)
+class SamplePages:
+    """The pages of a run, written by one process.
+
+    Args:
+        run: the run directory.
+        name: how the names of its folders begin.
+        step: of the weights; None is the trainer's.
     """
-    attempts = (c.attempt for c in trainer.callbacks if isinstance(c, RunProgress))  # type: ignore[attr-defined]
-    attempt = next(attempts, None)
-    if attempt is None:
-        return None
-    folder = attempt.run.path / FOLDER
-    page = write_page(folder / f"{stage}-{trainer.global_step:08d}", rows)
-    for old in sorted(folder.glob(f"{stage}-*"))[:-KEPT]:
-        shutil.rmtree(old)
-    return page
+
+    run: Path
+    name: str
+    step: int | None = None
+
+    def write(self, rows: Sequence[Answered], trainer_step: int) -> Path:
+        """Write rows; the oldest pages of the name beyond ``KEPT`` are removed."""
+        step = trainer_step if self.step is None else self.step
+        folder = self.run / FOLDER
+        page = write_page(folder / f"{self.name}-{step:08d}", rows)
+        for old in sorted(folder.glob(f"{self.name}-*"))[:-KEPT]:
+            if old != page.parent:
+                shutil.rmtree(old)
+        return page
 
 
 def write_page(folder: Path, rows: Sequence[Answered]) -> Path:

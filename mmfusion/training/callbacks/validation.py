@@ -32,11 +32,12 @@ from mmfusion.data.datamodule import MultimodalData
 from mmfusion.metrics.judges.base import Judge
 from mmfusion.metrics.shuffled_media import shuffle_media
 from mmfusion.metrics.token_loss import TokenLoss
+from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.objectives.base import Loss
 from mmfusion.training.callbacks.answering import Answering, Asking, precision
 from mmfusion.training.callbacks.media_health import MediaHealth
-from mmfusion.training.callbacks.sample_pages import write_samples
+from mmfusion.training.callbacks.sample_pages import SamplePages
 from mmfusion.training.callbacks.table import log_table
 from mmfusion.training.module import Evaluated, MultimodalModule
 from mmfusion.types import Batch
@@ -59,6 +60,9 @@ class Validation(L.Callback):
             shown and judged. Above 0 every part of the generators is loaded.
         sampling: how they are made.
         judges: for each modality, what judges the media that are made.
+
+    Attributes:
+        pages: where answered samples are shown beside W&B; the command sets it, on rank 0.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Validation(L.Callback):
         self.shuffled_gap = shuffled_gap
         self.media_health = media_health
         self.judges = judges or {}
+        self.pages: SamplePages | None = None
         self.asking = Asking(
             generate_samples,
             table_samples,
@@ -115,11 +120,16 @@ class Validation(L.Callback):
             raise ValueError(
                 f"validation.judges judge {odd}; the model makes {sorted(model.generators)}."
             )
-        for modality in model.generators:
-            model.need(modality, PARTS)
+        self.need(model)
         with torch.random.fork_rng():
             for judge in self.judges.values():
                 judge.build()
+
+    def need(self, model: AnyToAnyModel) -> None:
+        """Have the parts of the generators that making media takes."""
+        if self.asking.media_samples:
+            for modality in model.generators:
+                model.need(modality, PARTS)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fresh sums."""
@@ -229,7 +239,8 @@ class Validation(L.Callback):
         rows = answering.rows()
         if trainer.is_global_zero and rows:
             log_table(trainer, f"{stage}/samples", rows, list(module.model.encoders), makes)
-            write_samples(trainer, stage, rows)
+            if self.pages is not None:
+                self.pages.write(rows, trainer.global_step)
         return figures
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mmfusion.training.callbacks import sample_pages
-from mmfusion.training.callbacks.run_progress import RunProgress
-from mmfusion.training.callbacks.sample_pages import KEPT, write_page, write_samples
+from mmfusion.training.callbacks.sample_pages import KEPT, SamplePages, write_page
 from mmfusion.training.callbacks.table import Answered
 from mmfusion.types import Media
 
@@ -46,12 +44,17 @@ def test_what_is_too_large_is_named_but_not_kept(tmp_path: Path, monkeypatch: An
 
 
 def test_the_last_validations_stay_and_a_step_that_comes_again_is_replaced(tmp_path: Path) -> None:
-    progress = RunProgress({})
-    trainer: Any = SimpleNamespace(callbacks=[progress], global_step=0)
-    assert write_samples(trainer, "val", [ROW]) is None  # no run is written here
-    progress.attempt = SimpleNamespace(run=SimpleNamespace(path=tmp_path))  # type: ignore[assignment]
+    pages = SamplePages(tmp_path, "val")
     for step in (*range(KEPT + 3), KEPT + 2):
-        trainer.global_step = step
-        write_samples(trainer, "val", [ROW] * (step + 1))
-    kept = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert kept == [f"val-{step:08d}" for step in range(3, KEPT + 3)]
+        page = pages.write([ROW] * (step + 1), step)
+        assert page.read_text().count("&lt;b&gt;draw") == step + 1
+    kept = [f"val-{step:08d}" for step in range(3, KEPT + 3)]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept
+
+
+def test_the_page_of_an_older_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step in (*range(1, KEPT + 1), 0):
+        page = SamplePages(tmp_path, "validate", step).write([ROW], trainer_step=99)
+    assert page == tmp_path / "samples" / "validate-00000000" / "index.html"
+    assert page.is_file()
+    assert not (tmp_path / "samples" / "validate-00000099").exists()
