@@ -85,14 +85,17 @@ def _write(folder: Path, number: int, row: Answered) -> dict[str, Any]:
 def _keep(folder: Path, name: str, media: Media) -> dict[str, Any]:
     # A format comes from data, and must not become a path.
     file = f"{name}.{re.sub('[^a-z0-9]', '', media.format)[:8] or 'bin'}"
-    kept = len(media.data) <= MAX_BYTES
-    if kept:
+    lacking = "too large" if len(media.data) > MAX_BYTES else ""
+    if not media.data:
+        lacking = "features took its place"
+    if not lacking:
         (folder / file).write_bytes(media.data)
     start, end = media.start, media.end
     span = "" if start is None and end is None else f"#t={start or 0}"
     return {
         "modality": media.modality,
-        "file": file if kept else None,
+        "file": None if lacking else file,
+        "lacking": lacking,
         "span": f"{span},{end}" if end is not None else span,
         "caption": media.caption,
     }

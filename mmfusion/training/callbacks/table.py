@@ -81,9 +81,9 @@ def log_table(
 
 def _cell(media: Sequence[Media], modality: str, show: Show) -> Any:
     """The first item of the modality to look at or to hear; None where there is none, or none that
-    a viewer would know.
+    a viewer would know. Media that features took the place of are not there.
     """
-    first = next((item for item in media if item.modality == modality), None)
+    first = next((item for item in media if item.modality == modality and item.data), None)
     if first is None or modality not in show:
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ def test_a_page_shows_prompt_truth_and_what_was_made(tmp_path: Path) -> None:
     (line,) = (tmp_path / "val-00000004" / "samples.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert (row["prompt"], row["answer"], row["truth"]) == ("<b>draw</b>", "here", "")
-    assert row["made"] == [
-        {"modality": "image", "file": "0000-made-0.png", "span": "", "caption": "w1 & w2"}
-    ]
+    made = {"modality": "image", "file": "0000-made-0.png", "span": "", "caption": "w1 & w2"}
+    assert row["made"] == [{**made, "lacking": ""}]
     files = {path.name for path in (tmp_path / "val-00000004").iterdir()}
     assert files == {
         "index.html", "samples.jsonl", "0000-media-0.mp4", "0000-made-0.png", "0000-wanted-0.x",
@@ -41,6 +41,14 @@ def test_what_is_too_large_is_named_but_not_kept(tmp_path: Path, monkeypatch: An
     page = write_page(tmp_path / "page", [ROW]).read_text()
     assert "video (not kept: too large)" in page
     assert {path.suffix for path in (tmp_path / "page").iterdir()} == {".html", ".jsonl"}
+
+
+def test_what_features_took_the_place_of_is_said_to_be_so(tmp_path: Path) -> None:
+    gone = replace(PICTURE, data=b"", stored=b"features")
+    page = write_page(tmp_path / "page", [replace(ROW, wanted=(gone,))]).read_text()
+    assert "image (not kept: features took its place)" in page
+    assert page.count("<img") == 1  # of the one that was made
+    assert all(path.stat().st_size for path in (tmp_path / "page").iterdir())
 
 
 def test_the_last_validations_stay_and_a_step_that_comes_again_is_replaced(tmp_path: Path) -> None:

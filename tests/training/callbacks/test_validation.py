@@ -219,7 +219,10 @@ def test_table_of_samples_goes_to_wandb_with_its_media(tmp_path: Path, assets: P
     }
     media = [Media(m, path.read_bytes(), path.suffix[1:]) for m, path in files.items()]
     broken = Media("image", b"not a picture", "jpg")
-    rows = [Answered("s", (item,), "ask", "answer", "truth") for item in [*media, broken]]
+    gone = (replace(media[2], data=b""),)  # features took its place
+    rows = [
+        Answered("s", (item,), "ask", "answer", "truth", wanted=gone) for item in [*media, broken]
+    ]
     part = replace(media[2], start=0.0, end=0.2)
     rows.append(Answered("s", (), "draw", "", "", made=(media[0], part), wanted=(media[2],)))
     loggers = default_loggers(tmp_path, "tableid", wandb="offline")
@@ -240,6 +243,7 @@ def test_table_of_samples_goes_to_wandb_with_its_media(tmp_path: Path, assets: P
         [None, None, None],
         [None, None, None],
     ]
+    assert all(row[-1] is None for row in table["data"][:-1])
     last = dict(zip(columns, table["data"][-1], strict=True))
     assert [last[name] and last[name]["_type"] for name in made] == [
         "image-file", None, None, "video-file",
