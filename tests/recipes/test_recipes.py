@@ -11,13 +11,15 @@ import itertools
 import math
 import re
 import shlex
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mmfusion.cli import main
+from mmfusion.training.command import RecipeCommand
 from mmfusion.training.run import RunDirectory
 from tests.recipes.tiny_cache import fill
 
@@ -47,33 +49,34 @@ def configs(recipe: Path) -> list[Path]:
     return [ROOT / word for word in words if word.endswith(".yaml")]
 
 
-def merged(files: list[Path]) -> dict[str, Any]:
-    """What the files say together, as far as parts and data go."""
-    recipe: dict[str, Any] = {}
-    for file in files:
-        _merge(recipe, yaml.safe_load(file.read_text()))
-    return recipe
+class Parsed(RecipeCommand):
+    """Recipes put together by the command's own parser; nothing is made of them."""
+
+    def instantiate_classes(self) -> None:
+        """Not here."""
 
 
-def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
+@cache
+def merged(*files: Path) -> dict[str, Any]:
+    """What the files say together, defaults filled in."""
+    found = Parsed("", _given(files))
+    return {"run_dir": found.config.run_dir, **found.recipe()}
+
+
+def _given(files: Iterable[Path]) -> list[str]:
+    return [word for file in files for word in ("-c", str(file))]
 
 
 def two_steps(recipe: Path) -> RunDirectory:
     """Run a recipe in this folder; first the one whose run it starts from."""
     files = configs(recipe)
-    content = merged(files)
-    if earlier := content["model"].get("init_from"):
-        starts = [r for r in RECIPES if merged(configs(r))["run_dir"] == earlier]
+    content = merged(*files)
+    if earlier := content["model"]["init_from"]:
+        starts = [r for r in RECIPES if merged(*configs(r))["run_dir"] == earlier]
         assert starts, f"{recipe}: no recipe writes the run {earlier} that init_from names"
         two_steps(starts[0])
     fill(content)
-    given = [word for file in files for word in ("-c", str(file))]
-    main(["fit", *given, *TWO_STEPS, *_narrow(content)])
+    main(["fit", *_given(files), *TWO_STEPS, *_narrow(content)])
     return RunDirectory(content["run_dir"])
 
 
@@ -84,7 +87,7 @@ def _narrow(content: dict[str, Any]) -> list[str]:
     sizes = {"dim": 16, "heads": 2, "ffn_dim": 32, "layers": [-1, 1]}
     return [
         f"--model.output_projectors.{modality}.init_args.{name}={size}"
-        for modality, part in content["model"].get("output_projectors", {}).items()
+        for modality, part in (content["model"]["output_projectors"] or {}).items()
         if part["class_path"].endswith(".QueryDecoder")
         for name, size in sizes.items()
     ]
@@ -105,6 +108,20 @@ def test_the_first_comment_names_the_recipe_itself(recipe):
     assert configs(recipe)[-1] == recipe
 
 
+def test_recipes_are_put_together_as_the_command_does_it(tmp_path):
+    """Another class does not take over what the one before it was given."""
+    path = "model: {llm: {class_path: mmfusion.models.llms.hf_causal_lm.HFCausalLM"
+    (tmp_path / "more.yaml").write_text(f"{path}, init_args: {{path: other}}}}}}")
+    projector = "model: {input_projectors: {image: {class_path: mmfusion.models.projectors.%s}}}"
+    (tmp_path / "class.yaml").write_text(projector % "linear.Linear")
+    debug = ROOT / "recipes" / "debug.yaml"
+    model = merged(debug, tmp_path / "more.yaml", tmp_path / "class.yaml")["model"]
+    assert model["llm"]["init_args"]["path"] == "other"
+    image = model["input_projectors"]["image"]
+    assert image["class_path"].endswith(".Linear")
+    assert "depth" not in image["init_args"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: str(r.relative_to(ROOT / "recipes")))
 def test_every_recipe_trains_two_steps(recipe, tmp_path, monkeypatch):
@@ -118,6 +135,6 @@ def test_every_recipe_trains_two_steps(recipe, tmp_path, monkeypatch):
     train = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     assert len(train) == 2
     assert all(math.isfinite(loss) and loss > 0 for loss in train)
-    if merged(configs(recipe))["data"].get("val_sources"):
+    if merged(*configs(recipe))["data"]["val_sources"]:
         assert any(row.get("val/loss") for row in rows)
     assert (run.checkpoints / "step-00000002.ckpt").is_file()

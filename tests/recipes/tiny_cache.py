@@ -98,7 +98,7 @@ def fill(recipe: Mapping[str, Any], samples: int = 6) -> None:
         path = part.get("init_args", {}).get("path")
         if path is not None and not Path(expand(path)).exists():
             MAKERS[part["class_path"].rsplit(".", 1)[-1]](Path(expand(path)))
-    reads, makes = (list(recipe.get("model", {}).get(k, {})) for k in ("encoders", "generators"))
+    reads, makes = (list(recipe.get("model", {}).get(k) or ()) for k in ("encoders", "generators"))
     for source in _with_key(recipe.get("data", {}), "shards"):
         kind = source["converter"]["class_path"].rsplit(".", 1)[-1]
         shards = source["shards"]
