@@ -82,6 +82,13 @@ class Media:
     caption: str | None = None
     stored: bytes | None = field(default=None, repr=False)
 
+    @property
+    def words(self) -> str:
+        """Its caption as generators take it, so that the same words are the same caption: one space
+        between two, none around them; empty where there is no caption.
+        """
+        return " ".join((self.caption or "").split())
+
 
 @dataclass(frozen=True)
 class Message:

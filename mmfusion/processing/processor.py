@@ -112,7 +112,7 @@ class Processor:
         """
         check_answers(sample.messages)
         self._check_modalities(sample)
-        bare = [media.modality for media in sample.targets if not (media.caption or "").strip()]
+        bare = [media.modality for media in sample.targets if not media.words]
         if lacking := self._captioned.intersection(bare):
             raise DataError(
                 "no_caption",
@@ -158,7 +158,7 @@ class Processor:
             planned,
             tuple(tensors),
             tuple(self.targets[media.modality](media, rng) for media in goals),
-            tuple(media.caption or "" for media in goals),
+            tuple(media.words for media in goals),
             ref,
             sample.shard,
             sample.key,

@@ -181,7 +181,7 @@ class Rewriter:
 
     def _run(self, kind: tuple[str, str], items: Sequence[_Item]) -> None:
         tensors = [item.tensors for item in items if item.tensors is not None]
-        captions = [item.media.caption or "" for item in items]
+        captions = [item.media.words for item in items]
         for item, found in zip(items, self.runner.run(*kind, tensors, captions), strict=True):
             item.stored = _own_length(item, found)
             item.tensors = None

@@ -129,7 +129,7 @@ class SmallGenerator:
         if _state(folder).get("origin") != self.origin:
             shutil.rmtree(folder, ignore_errors=True)
         media = list(read_media(self.source))
-        captions = [item.caption or "" for item in media]
+        captions = [item.words for item in media]
         if not folder.exists():
             write_untrained(folder, self.pipeline, self.components, captions, self.words)
             _save_state(folder, self.origin, [])
@@ -194,7 +194,7 @@ def read_media(source: Source) -> Iterator[Media]:
     for index in range(len(source)):
         sample = source[index]
         for media in sample.targets:
-            if not media.caption:
+            if not media.words:
                 raise DataError("no_caption", f"{sample.shard} {sample.key}: no caption.")
             yield media
 

@@ -12,6 +12,7 @@ from mmfusion import tuning
 from mmfusion.data.loader import Division, make_micro_batches
 from mmfusion.data.stream import LocalStep
 from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.generators import base
 from mmfusion.models.generators.stored import with_text
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.step_texts import Texts, gather_texts
@@ -111,6 +112,25 @@ def test_the_captions_of_a_step_are_encoded_once(
     monkeypatch.setattr(generator, "encode_text", lambda c: calls.append(list(c)) or encode(c))
     gradients(model, 4)
     assert calls == [KNOWN]
+
+
+def test_the_captions_of_a_step_are_encoded_in_passes_of_bounded_memory(
+    model: AnyToAnyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls, generator = gradients(model, 4), [], model.generator("image")
+    encode = generator.encode_text
+    monkeypatch.setattr(generator, "encode_text", lambda c: calls.append(list(c)) or encode(c))
+    monkeypatch.setattr(base, "CAPTIONS_TOGETHER", 2)
+    for a, b in zip(whole, gradients(model, 4), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert calls == [KNOWN[:2], KNOWN[2:4], KNOWN[4:]]
+
+
+def test_captions_that_differ_in_spaces_alone_are_one(model: AnyToAnyModel) -> None:
+    samples = encoded(model, "w2 w3", " w2  w3\n", "w1", "w2\tw3", "w1 ", "w1")
+    assert [sample.captions for sample in samples[:2]] == [("w2 w3",), ("w2 w3",)]
+    (batch,) = batches(model, 1, samples)
+    assert batch.step_captions == {"image": Captions(["w1", "w2 w3"], {})}
 
 
 def test_encodings_that_come_with_the_targets_do_as_well(

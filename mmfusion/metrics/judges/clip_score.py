@@ -56,11 +56,11 @@ class CLIPScore(Judge):
 
     @torch.no_grad()
     def update(self, made: Sequence[Media], wanted: Sequence[Media]) -> None:
-        chosen = [i for i, media in enumerate(wanted) if (media.caption or "").strip()]
+        chosen = [i for i, media in enumerate(wanted) if media.words]
         if not chosen:
             return
         device = next(self.made.model.parameters()).device
-        captions = [wanted[i].caption for i in chosen]
+        captions = [wanted[i].words for i in chosen]
         for score, media in ((self.made, made), (self.truth, wanted)):
             pictures = [self.pictures(media[i])["pixels"].to(device) for i in chosen]
             score.update(pictures, captions)

@@ -31,6 +31,8 @@ PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER, VOCODER})
 """Of a generator. A vocoder, which turns what the VAE decodes into sound, is of use in sampling
 alone: no objective needs it.
 """
+CAPTIONS_TOGETHER = 32
+"""That are encoded in one pass: those of a whole optimizer step may be many."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,15 @@ class Generator(nn.Module, ABC):
 
     @torch.no_grad()
     def encode_captions(self, target: TargetBatch | Captions) -> Conditioning:
-        """Text encoding of M captions, without gradients. Needs the text encoder,
-        unless their encodings come with the targets.
+        """Text encoding of M captions, without gradients, in passes of bounded memory. Needs the
+        text encoder, unless their encodings come with the targets.
         """
-        return text_in(target.tensors) or self.encode_text(target.captions)
+        if stored := text_in(target.tensors):
+            return stored
+        starts = range(0, len(target.captions), CAPTIONS_TOGETHER)
+        return Conditioning.cat(
+            [self.encode_text(target.captions[i : i + CAPTIONS_TOGETHER]) for i in starts]
+        )
 
     @torch.no_grad()
     def encode_empty(self) -> Conditioning:
