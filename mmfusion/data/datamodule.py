@@ -244,3 +244,10 @@ class MultimodalData(L.LightningDataModule):
                 f"{self.packs_per_step} packs on {world} ranks, {self.packs_per_micro_batch} packs "
                 "in a micro-batch. Leave it to the command line, or set it to that."
             )
+
+
+def data_of(trainer: L.Trainer) -> MultimodalData:
+    """The data that a trainer was given."""
+    data = getattr(trainer, "datamodule", None)
+    assert isinstance(data, MultimodalData), data
+    return data

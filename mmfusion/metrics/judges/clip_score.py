@@ -96,7 +96,5 @@ class _Inputs:
     def __call__(self, **given: Any) -> Any:
         if "images" in given:
             return {"pixel_values": torch.stack(given["images"])}
-        return self._tokenizer(
-            given["text"], padding=True, truncation=True, max_length=self._length,
-            return_tensors="pt",
-        )  # fmt: skip
+        options = {"padding": True, "truncation": True, "max_length": self._length}
+        return self._tokenizer(given["text"], return_tensors="pt", **options)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from mmfusion.data.collate import collate
-from mmfusion.data.datamodule import MultimodalData
+from mmfusion.data.datamodule import data_of
 from mmfusion.data.order import key64
 from mmfusion.data.packing import Item
 from mmfusion.data.reader import Budget, Reader
@@ -100,7 +100,7 @@ class Answering:
         judges: Mapping[str, Judge],
     ) -> None:
         self._trainer, self._module, self._asking = trainer, module, asking
-        self._data = cast(MultimodalData, trainer.datamodule)  # type: ignore[attr-defined]
+        self._data = data_of(trainer)
         self._processor = cast(Processor, self._data.processor)
         self._judges = {name: judge.to(module.device) for name, judge in judges.items()}
         for judge in self._judges.values():

@@ -81,8 +81,8 @@ class CaptionRetrieval:
         captions = sorted(set(gather([kept.caption for kept in chosen])))
         if not captions:
             return {}
-        columns = [self._similar(chosen, captions[i : i + TOGETHER])
-                   for i in range(0, len(captions), TOGETHER)]  # fmt: skip
+        starts = range(0, len(captions), TOGETHER)
+        columns = [self._similar(chosen, captions[i : i + TOGETHER]) for i in starts]
         places = {caption: place for place, caption in enumerate(captions)}
         own = torch.tensor([places[kept.caption] for kept in chosen], dtype=torch.int64)
         match = CaptionMatch().to(self._device)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmfusion.data.datamodule import data_of
 from mmfusion.objectives.base import Loss
 from mmfusion.types import Batch
 
@@ -48,7 +49,7 @@ class Monitor(L.Callback):
         self._since = self._idle_since = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sources = list(trainer.datamodule.sources)  # type: ignore[attr-defined]
+        self._sources = list(data_of(trainer).sources)
         self._restart_window()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -190,6 +191,6 @@ def _memory() -> dict[str, float]:
 def _bad(trainer: L.Trainer) -> dict[str, float]:
     """Samples left out so far by reason; the other ranks' up to the last checkpoint."""
     total: Counter[str] = Counter()
-    for counts in trainer.datamodule.state.counts.values():  # type: ignore[attr-defined]
+    for counts in data_of(trainer).state.counts.values():
         total.update(counts.bad)
     return {f"data/bad/{reason}": float(count) for reason, count in total.items()}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 
+from mmfusion.data.datamodule import data_of
 from mmfusion.training.loggers import STEP, read_metrics
 from mmfusion.training.run import Attempt
 
@@ -49,7 +50,7 @@ class RunProgress(L.Callback):
         step, every = trainer.global_step, self.val_every_n_steps
         due = bool(every) and step > 0 and step % cast(int, every) == 0
         owed = False
-        if due and trainer.is_global_zero and trainer.datamodule.val_sources:  # type: ignore[attr-defined]
+        if due and trainer.is_global_zero and data_of(trainer).val_sources:
             file = Path(trainer.default_root_dir) / "metrics.csv"
             rows = read_metrics(file, all_attempts=True) if file.exists() else []
             done = any(row.get(STEP) == step - 1 and "val/loss" in row for row in rows)

@@ -28,7 +28,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 
-from mmfusion.data.datamodule import MultimodalData
+from mmfusion.data.datamodule import data_of
 from mmfusion.metrics.judges.base import Judge
 from mmfusion.metrics.shuffled_media import shuffle_media
 from mmfusion.metrics.token_loss import TokenLoss
@@ -113,7 +113,7 @@ class Validation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Before the parts are built: say what making media takes; load the judges."""
-        if not self.asking.media_samples or not _data(trainer).val_sources:
+        if not self.asking.media_samples or not data_of(trainer).val_sources:
             return
         model = _module(pl_module).model
         if odd := sorted(set(self.judges) - set(model.generators)):
@@ -133,7 +133,7 @@ class Validation(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fresh sums."""
-        module, sources = _module(pl_module), list(_data(trainer).val_sources)
+        module, sources = _module(pl_module), list(data_of(trainer).val_sources)
         self._rng = torch.get_rng_state()
         self._losses = {name: TokenLoss(sources).to(module.device) for name in module.objectives}
         self._health = MediaHealth(trainer, module)
@@ -250,7 +250,3 @@ def _module(module: L.LightningModule) -> MultimodalModule:
 
 def _stage(trainer: L.Trainer) -> str:
     return "test" if trainer.testing else "val"
-
-
-def _data(trainer: L.Trainer) -> MultimodalData:
-    return cast(MultimodalData, trainer.datamodule)  # type: ignore[attr-defined]
