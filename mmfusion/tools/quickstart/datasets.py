@@ -104,18 +104,38 @@ def motions(items: Sequence[Picture], per_picture: Mapping[str, int]) -> Iterato
         per_picture: on each side of the split, the different motions of a picture.
     """
     for item in items:
-        ranked = sorted(MOTIONS, key=lambda motion: fraction(f"{motion} of {item.name}"))
-        for motion in ranked[: per_picture[split_of(item.concept)]]:
-            frames = motion_frames(item.load(), motion, CLIP_FRAMES, CLIP_SIZE)
-            yield _entry(
-                split_of(item.concept),
-                f"{motion}-{item.source}-{item.name}",
-                {"mp4": encode_mp4(frames, CLIP_RATE)},
-                motion_caption(item.caption, motion),
-                concept=item.concept,
-                source="motions",
-                motion=motion,
-            )
+        split = split_of(item.concept)
+        for motion in _motions_of(item)[: per_picture[split]]:
+            yield _moving(item, motion, split)
+
+
+def new_motions(items: Sequence[Picture], held_out: int) -> Iterator[Entry]:
+    """Clips of each picture in all motions.
+
+    Args:
+        items: the pictures.
+        held_out: so many motions of a picture, others for each, are not trained on.
+    """
+    for item in items:
+        for number, motion in enumerate(_motions_of(item)):
+            yield _moving(item, motion, "val" if number < held_out else "train")
+
+
+def _motions_of(item: Picture) -> list[str]:
+    return sorted(MOTIONS, key=lambda motion: fraction(f"{motion} of {item.name}"))
+
+
+def _moving(item: Picture, motion: str, split: str) -> Entry:
+    frames = motion_frames(item.load(), motion, CLIP_FRAMES, CLIP_SIZE)
+    return _entry(
+        split,
+        f"{motion}-{item.source}-{item.name}",
+        {"mp4": encode_mp4(frames, CLIP_RATE)},
+        motion_caption(item.caption, motion),
+        concept=item.concept,
+        source="motions",
+        motion=motion,
+    )
 
 
 def motion_caption(caption: str, motion: str) -> str:

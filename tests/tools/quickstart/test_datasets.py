@@ -84,6 +84,20 @@ def test_held_out_pictures_get_their_own_number_of_motions(pictures):
         assert MOTIONS[about(entry)["motion"]] in entry.record["txt"].decode()
 
 
+def test_new_motions_of_a_picture_are_held_out_and_all_others_trained(pictures):
+    entries = list(datasets.new_motions(pictures[:5], 2))
+    for picture in pictures[:5]:
+        own = [entry for entry in entries if picture.name in entry.key]
+        sides = {
+            split: {about(e)["motion"] for e in own if e.split == split}
+            for split in ("train", "val")
+        }
+        assert (len(sides["train"]), len(sides["val"])) == (len(MOTIONS) - 2, 2)
+        assert sides["train"] | sides["val"] == set(MOTIONS)
+    held_out = {frozenset(about(e)["motion"] for e in entries[i : i + 2]) for i in range(0, 40, 8)}
+    assert len(held_out) > 1  # not the same of every picture
+
+
 def center(frame):
     dark = np.argwhere(np.asarray(frame.convert("L")) < 250)
     return dark.mean(0)[::-1], len(dark)
