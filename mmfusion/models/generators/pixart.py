@@ -102,6 +102,11 @@ class PixArt(DiffusersPipeline):
         return found[:, : noisy.shape[1]]
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
+        if sampling.steps < 2 and self.kind is PixArtAlphaPipeline:
+            raise ValueError(
+                f"sampling.steps is {sampling.steps}; expected 2 or more: diffusers takes a single "
+                "step of PixArt-alpha for that of a distilled model."
+            )
         pipeline = self.pipeline(self.kind, tokenizer=None)
         return drawn_pictures(
             pipeline,

@@ -83,6 +83,14 @@ def test_pixart_takes_the_class_name_and_settings_of_old_pipelines(tmp_path: Pat
         assert type(generator.denoiser).__name__ == "PixArtTransformer2DModel"
 
 
+def test_pixart_is_not_sampled_in_one_step(tmp_path: Path) -> None:
+    generator = PixArt(tiny.save_pixart(tmp_path / "pixart"))
+    generator.build(PARTS)
+    given = Conditioning(torch.randn(1, 120, 32))
+    with pytest.raises(ValueError, match=r"sampling\.steps is 1; expected 2 or more"):
+        generator.sample(given, generator.encode_text([""]), Sampling(steps=1))
+
+
 def test_weights_that_are_no_safetensors_are_not_opened(tmp_path: Path) -> None:
     path = Path(tiny.save_stable_diffusion(tmp_path / "sd"))
     for folder, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
