@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import mmfusion
-from mmfusion.inference import Chat, conversation
+from mmfusion.inference import Chat
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.types import Media, Message, Sample, Text
 from tests.training.tiny import fit, write_recipe
@@ -112,40 +109,6 @@ def test_generation_stops_at_the_end_token(chat: Chat) -> None:
     assert chat.generate(PROMPTS, max_new_tokens=5, sequence_bias=bias) == ["", "", ""]
 
 
-def test_plain_dicts_make_the_same_conversation(tmp_path: Path) -> None:
-    (tmp_path / "a.BIN").write_bytes(IMAGE)
-    uri = "data:image/bin;base64," + base64.b64encode(IMAGE).decode()
-    expected = [Message("user", (Media("image", IMAGE, "bin"), Text("w1")))]
-    for part in (
-        {"type": "image", "path": tmp_path / "a.BIN"},
-        {"type": "image", "data": IMAGE, "format": "bin"},
-        {"type": "image_url", "image_url": {"url": uri}},
-        Media("image", IMAGE, "bin"),
-    ):
-        content = [part, {"type": "text", "text": "w1"}]
-        assert conversation([{"role": "user", "content": content}]) == expected
-    assert conversation("w1") == [Message("user", (Text("w1"),))]
-
-
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [
-        ([{"type": "image", "path": "nowhere.jpg"}], FileNotFoundError),
-        ([{"type": "image_url", "image_url": {"url": "http://example.com/a.jpg"}}], ValueError),
-        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], ValueError),
-        ([{"type": "image"}], ValueError),
-        ([3], ValueError),
-        (None, ValueError),
-        (7, ValueError),
-        ([{"type": "text", "text": 7}], ValueError),
-        ([{"type": "image_url", "image_url": "x"}], ValueError),
-    ],
-)
-def test_bad_content_is_named(content: list, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        conversation([{"role": "user", "content": content}])
-
-
 def test_bad_messages_and_modalities_are_named(chat: Chat) -> None:
     with pytest.raises(ValueError, match="role 'bot'"):
         chat.generate([{"role": "bot", "content": "a"}])
@@ -226,12 +189,3 @@ def test_an_answer_ends_at_a_text(chat: Chat) -> None:
     pieces = list(chat.generate(PROMPTS[0], stream=True, max_new_tokens=8, stop=stop))
     assert "".join(pieces).strip().endswith(stop)
     assert "".join(pieces).count(stop) == 1
-
-
-def test_a_picture_may_be_one_of_pil() -> None:
-    picture = Image.new("RGB", (4, 3), "red")
-    part = {"type": "image", "image": picture}
-    (message,) = conversation([{"role": "user", "content": [part]}])
-    (media,) = message.content
-    assert (media.modality, media.format) == ("image", "png")
-    assert Image.open(io.BytesIO(media.data)).getpixel((0, 0)) == (255, 0, 0)

@@ -12,7 +12,8 @@ from typing import Any, cast
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmfusion.data.converters.members import MODALITY_OF
-from mmfusion.inference import Answer, Chat, load, read_media
+from mmfusion.inference import Answer, Chat, load
+from mmfusion.messages import read_media
 from mmfusion.models.generators.base import Sampling
 from mmfusion.models.speakers.base import Speaker
 from mmfusion.types import DataError, Media, Message, Text
