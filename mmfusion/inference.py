@@ -177,7 +177,7 @@ class Chat:
             )
         conversations = cast("Sequence[Conversation]", messages if batch else [messages])
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
-        prompts = self._batch(encoded)
+        prompts = self.batch(encoded)
         options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
         criteria = StoppingCriteriaList(options.get("stopping_criteria", ()))
         if stop:
@@ -276,7 +276,7 @@ class Chat:
         sums = torch.zeros(len(samples), dtype=torch.float64)
         counts = torch.zeros(len(samples), dtype=torch.int64)
         for group in _groups([len(plan) for plan in planned], tokens_per_batch):
-            batch = self._batch(
+            batch = self.batch(
                 [self.processor.finish(samples[index], planned[index]) for index in group]
             )
             loss = objective(self.model, self.model(batch), batch)
@@ -284,7 +284,7 @@ class Chat:
             counts[group] = loss.per_sample_count.cpu()
         return sums, counts
 
-    def _batch(self, encoded: Sequence[EncodedSample]) -> Batch:
+    def batch(self, encoded: Sequence[EncodedSample]) -> Batch:
         """One packed row on the model's device, media in the encoders' dtype."""
         device = next(self.model.parameters()).device
         named = [replace(one, ref=SampleRef("", 0, index)) for index, one in enumerate(encoded)]

@@ -36,7 +36,7 @@ PROMPTS = [ask(IMAGE, "w1 w2"), ask(b"\1", "w3"), [Message("user", (Text("w9 w8 
 
 def greedy(chat: Chat, messages: list[Message], steps: int) -> str:
     """Without a cache: the whole sequence again for every token."""
-    batch = chat._batch([chat.processor.prompt(messages)])
+    batch = chat.batch([chat.processor.prompt(messages)])
     embeds = chat.model.embed(batch)[0]
     ids: list[int] = []
     for _ in range(steps):
@@ -126,7 +126,7 @@ def test_scores_equal_the_losses_of_single_batches_in_order(chat: Chat) -> None:
     ]
     sums, counts = chat.score(samples, tokens_per_batch=30)
     for i, sample in enumerate(samples):
-        batch = chat._batch([chat.processor.encode(sample)])
+        batch = chat.batch([chat.processor.encode(sample)])
         with torch.no_grad():
             loss = NextToken()(chat.model, chat.model(batch), batch)
         torch.testing.assert_close(sums[i], loss.total.double(), atol=1e-4, rtol=1e-5)
@@ -173,7 +173,7 @@ def test_a_plain_prompt_is_gone_on_with_without_the_template(chat: Chat) -> None
     ids = encoded.planned.input_ids.tolist()
     assert ids == whole[: len(ids)]
     assert len(ids) < len(chat.processor.prompt(ask(IMAGE, "w1 w2")).planned)
-    batch = chat._batch([encoded])
+    batch = chat.batch([encoded])
     hidden = chat.model(batch).hidden_states[0, -1]
     likeliest = chat.processor.tokenizer.decode([int(chat.model.llm.logits(hidden).argmax())])
     assert chat.generate(ask(IMAGE, "w1 w2"), plain=True, max_new_tokens=1) == likeliest.strip()

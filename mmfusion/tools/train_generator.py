@@ -80,8 +80,10 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> SmallGenerator:
         parsed = parser.parse_args([f"--config={expand(recipe)}", *overrides])
     except ArgumentError as error:
         raise ValueError(f"{recipe}: {error}") from None
-    made = vars(parser.instantiate(parsed))
-    return SmallGenerator(**{name: value for name, value in made.items() if name != "config"})
+    parsed.pop("config", None)
+    generator = SmallGenerator(**vars(parser.instantiate(parsed)))
+    generator.recipe = parser.dump(parsed, format="json")
+    return generator
 
 
 class SmallGenerator:
@@ -97,7 +99,12 @@ class SmallGenerator:
         words: vocabulary of the text encoder.
         divergence: weight of the divergence of the VAE's latents from a normal distribution.
         seed: of weights, order and noise.
+
+    Attributes:
+        recipe: all of the above as they were written.
     """
+
+    recipe = ""
 
     def __init__(
         self,
@@ -119,9 +126,7 @@ class SmallGenerator:
     @property
     def origin(self) -> str:
         """Changes with the recipe and its data."""
-        efforts = repr((self.autoencoder, self.denoiser))
-        parts = [self.pipeline, self.components, self.words, self.divergence, self.seed, efforts]
-        named = json.dumps([*parts, self.source.shards.dataset_id], sort_keys=True)
+        named = f"{self.recipe} {self.source.shards.dataset_id}"
         return hashlib.sha256(named.encode()).hexdigest()
 
     def train(self, folder: Path) -> None:

@@ -199,7 +199,7 @@ class Generator(nn.Module, ABC):
             seed: of the recipe.
             min_snr: gamma of min-SNR weights; 0 weighs every level alike.
         """
-        schedule = self.noise_schedule()
+        schedule, latents = self.noise_schedule(), latents.float()  # in half of it noise may be 0
         generators = generators_of(keys, seed)
         levels = schedule.draw(generators)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])

@@ -34,7 +34,9 @@ COSINE_KINDS = ("CosineDPMSolverMultistepScheduler",)
 
 def generators_of(keys: Sequence[int], seed: int) -> list[torch.Generator]:
     """One generator an item, on the CPU: draws do not depend on the device or on the batch."""
-    return [torch.Generator().manual_seed((key ^ seed) & (1 << 63) - 1) for key in keys]
+    # Of a seed torch keeps the low 32 bits: those of a product in which all 64 bits count.
+    mixed = ((key ^ seed) * 0x9E3779B97F4A7C15 % (1 << 64) >> 32 for key in keys)
+    return [torch.Generator().manual_seed(number) for number in mixed]
 
 
 class NoiseSchedule(ABC):

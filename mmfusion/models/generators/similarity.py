@@ -23,7 +23,8 @@ def units(given: Conditioning, dtype: torch.dtype = torch.float32) -> Conditioni
 
 def similarities(ours: Conditioning, texts: Conditioning) -> Tensor:
     """(M, K) fp32 cosines of M conditionings and K text encodings: the mean over the valid tokens
-    of the text, averaged with that of the pooled vectors where both have such.
+    of the text, averaged with that of the pooled vectors where both have such. Where an encoding is
+    zero beyond its caption (Wan, Stable Audio), nothing there has a direction to compare.
 
     Raises:
         ValueError: where the two differ in C or D_g.
@@ -36,7 +37,7 @@ def similarities(ours: Conditioning, texts: Conditioning) -> Tensor:
         )
     with torch.autocast(ours.tokens.device.type, enabled=False):  # they are close to one another
         a, b = units(ours), units(texts)
-        mask = texts.valid.to(b.tokens)
+        mask = (texts.valid.bool() & texts.tokens.ne(0).any(-1)).to(b.tokens)
         shares = mask / mask.sum(1, keepdim=True).clamp(min=1)
         cosines = a.tokens.flatten(1) @ (b.tokens * shares[..., None]).flatten(1).T
         if a.pooled is None or b.pooled is None:

@@ -78,7 +78,7 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
     soundfont = packages["timgm6mb-soundfont"] / "usr" / "share" / "sounds" / "sf2"
     sounds = list(datasets.named_sounds(soundfont / "TimGM6mb.sf2", SOUNDS_OF_A_KIND))
     # Nothing but the motion tells the captions of a thing apart.
-    clips = list(datasets.new_motions(_moving(stamps), NEW_MOTIONS))
+    clips = list(datasets.new_motions(_moving(stamps), NEW_MOTIONS, _shown(stamps)))
     things = [
         *requests.things(drawings, "image", "png"),
         *requests.things(sounds, "audio", "flac"),
@@ -97,13 +97,25 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
 
 
 def _moving(stamps: Sequence[Picture]) -> list[Picture]:
-    """Some with short captions; none that understanding is measured on."""
-    short = [
-        stamp
+    """Some with short captions of their own; none that understanding is measured on."""
+    short = {
+        stamp.caption: stamp
         for stamp in sorted(stamps, key=lambda stamp: fraction(f"clip {stamp.name}"))
         if split_of(stamp.concept) == "train" and len(stamp.caption.split()) <= 4
-    ]
-    return short[:MOVING]
+    }
+    return list(short.values())[:MOVING]
+
+
+def _shown(stamps: Sequence[Picture]) -> set[str]:
+    """Captions of the clips that understanding is trained on."""
+    return {
+        datasets.motion_caption(stamp.caption, motion)
+        for stamp in stamps
+        for motion in (
+            *datasets.motions_of(stamp)[: max(CLIPS_PER_PICTURE.values())],
+            talks.motion_of(stamp),
+        )
+    }
 
 
 def _origin(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,23 +105,27 @@ def motions(items: Sequence[Picture], per_picture: Mapping[str, int]) -> Iterato
     """
     for item in items:
         split = split_of(item.concept)
-        for motion in _motions_of(item)[: per_picture[split]]:
+        for motion in motions_of(item)[: per_picture[split]]:
             yield _moving(item, motion, split)
 
 
-def new_motions(items: Sequence[Picture], held_out: int) -> Iterator[Entry]:
+def new_motions(items: Sequence[Picture], held_out: int, shown: Collection[str]) -> Iterator[Entry]:
     """Clips of each picture in all motions.
 
     Args:
         items: the pictures.
         held_out: so many motions of a picture, others for each, are not trained on.
+        shown: captions of clips that something else is trained on; none of them is held out.
     """
     for item in items:
-        for number, motion in enumerate(_motions_of(item)):
-            yield _moving(item, motion, "val" if number < held_out else "train")
+        ranked = motions_of(item)
+        new = [motion for motion in ranked if motion_caption(item.caption, motion) not in shown]
+        for motion in ranked:
+            yield _moving(item, motion, "val" if motion in new[:held_out] else "train")
 
 
-def _motions_of(item: Picture) -> list[str]:
+def motions_of(item: Picture) -> list[str]:
+    """All motions, in the order in which clips of the picture are made."""
     return sorted(MOTIONS, key=lambda motion: fraction(f"{motion} of {item.name}"))
 
 

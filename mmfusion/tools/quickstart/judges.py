@@ -73,11 +73,12 @@ class SmallJudge(ClassifierJudge):
 
     def disturbed(self, seen: Tensor) -> Tensor:
         """Media in training, with a little noise: what is made is never as clean."""
-        level = 0.1 * torch.rand(len(seen), *[1] * (seen.ndim - 1))
+        level = 0.1 * torch.rand(len(seen), *[1] * (seen.ndim - 1), device=seen.device)
         return seen + level * torch.randn_like(seen)
 
     def build(self) -> None:
-        self.load_state_dict(load_file(expand(self.path)), strict=False)
+        weights = load_file(expand(self.path))
+        self.net.load_state_dict({name.removeprefix("net."): x for name, x in weights.items()})
         self.requires_grad_(False).eval()
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -131,9 +132,10 @@ class SoundJudge(SmallJudge):
 
     def disturbed(self, seen: Tensor) -> Tensor:
         """With a hiss of any loudness and color below the sound."""
-        count, bins = len(seen), seen.shape[-1]
-        loudness = -10 + 7 * torch.rand(count, 1, 1, 1)
-        color = 2 * torch.randn(count, 1, 1, 1) * torch.linspace(-1, 1, bins)
+        size = (len(seen), 1, 1, 1)
+        loudness = -10 + 7 * torch.rand(size, device=seen.device)
+        slope = torch.linspace(-1, 1, seen.shape[-1], device=seen.device)
+        color = 2 * torch.randn(size, device=seen.device) * slope
         hiss = loudness + color + 0.5 * torch.randn_like(seen)
         return torch.logaddexp(4 * (seen - 1), hiss) / 4 + 1
 

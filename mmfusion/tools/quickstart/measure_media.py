@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmfusion.data.collate import collate
+from mmfusion.data.order import key64
 from mmfusion.inference import Answer, Chat, load
 from mmfusion.models.generators.base import Sampling
 from mmfusion.models.generators.noise import generators_of
@@ -39,6 +39,11 @@ class Said:
 
     item: HeldOut
     answer: Answer
+
+    @property
+    def about(self) -> str:
+        """What is asked for: things with one caption are no independent tries."""
+        return _truth(self.item).caption or "" if self.wanted else self.item.concept
 
     @property
     def wanted(self) -> str:
@@ -122,7 +127,7 @@ def right_figures(
         seen = judges[modality].classify([group[i].made[0] for i in made]) if made else []
         for i, found in zip(made, seen, strict=True):
             right[i] = found == judges[modality].labels(_truth(group[i].item))
-        names = [one.item.concept for one in group]
+        names = [one.about for one in group]
         figures[modality] = ratio(right, np.ones(len(group)), names, bounds.get(modality))
     return figures
 
@@ -137,7 +142,7 @@ def judge_figure(judge: SmallJudge, asked: Sequence[HeldOut]) -> Estimate:
     items = [item for item in asked if _truth(item).modality == judge.processor().modality]
     media = [_truth(item) for item in items]
     right = [seen == judge.labels(m) for seen, m in zip(judge.classify(media), media, strict=True)]
-    return ratio(np.array(right, float), np.ones(len(items)), [item.concept for item in items])
+    return ratio(np.array(right, float), np.ones(len(items)), [m.caption or "" for m in media])
 
 
 def emission_figure(said: Sequence[Said]) -> Estimate:
@@ -148,7 +153,7 @@ def emission_figure(said: Sequence[Said]) -> Estimate:
         wanted = {one.wanted} - {""}
         twice[i] = 2 * len(given & wanted)
         total[i] = len(given) + len(wanted)
-    return ratio(twice, total, [one.item.concept for one in said], EMISSION_BOUND)
+    return ratio(twice, total, [one.about for one in said], EMISSION_BOUND)
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def denoising_figures(chat: Chat, asked: Sequence[HeldOut], modality: str) -> di
             chat.processor.encode(item.sample, ref=SampleRef("requests", 0, start + i))
             for i, item in enumerate(group)
         ]
-        batch = collate(encoded, chat.processor)
+        batch = chat.batch(encoded)
         keys = list(range(start, start + len(group)))
         target = batch.targets[modality]
         latents = generator.encode_media(target.tensors, generators_of(keys, 1))
@@ -174,15 +179,15 @@ def denoising_figures(chat: Chat, asked: Sequence[HeldOut], modality: str) -> di
         given = {
             "ours": chat.model(batch).conditioning[modality],
             "caption": caption,
-            "empty": Conditioning(empty.tokens.expand(len(group), -1, -1)),
+            "empty": Conditioning.cat([empty] * len(group)),
         }
         for name, conditioning in given.items():
             drawn = [
-                generator.denoising_loss(latents, conditioning, [k + (n << 32) for k in keys])
+                generator.denoising_loss(latents, conditioning, [key64(k, n) for k in keys])
                 for n in range(NOISES)
             ]
             losses[name] += torch.stack(drawn).mean(0).tolist()
-    concepts = [item.concept for item in items]
+    concepts = [_truth(item).caption or "" for item in items]
     found = {name: np.array(values) for name, values in losses.items()}
     ones = np.ones(len(items))
     ours, caption = found["empty"] - found["ours"], found["empty"] - found["caption"]

@@ -84,13 +84,18 @@ def about_both(item: Picture) -> Entry:
 
 def about_clip(item: Picture) -> Entry:
     """What moves, and how."""
-    motion = sorted(MOTIONS)[int(fraction(f"talk about {item.name}") * len(MOTIONS))]
+    motion = motion_of(item)
     clip = encode_mp4(motion_frames(item.load(), motion, CLIP_FRAMES, CLIP_SIZE), CLIP_RATE)
     turns = [
         ("<video>\nWhat happens in this clip?", motion_caption(item.caption, motion)),
         ("What does it do?", f"It {MOTIONS[motion]}."),
     ]
     return _entry(item, "clip", {"mp4": clip}, turns)
+
+
+def motion_of(item: Picture) -> str:
+    """What it does in the talk about it."""
+    return sorted(MOTIONS)[int(fraction(f"talk about {item.name}") * len(MOTIONS))]
 
 
 def _spoken(item: Picture) -> list[str]:

@@ -26,6 +26,14 @@ def test_similarity_is_the_mean_cosine_of_valid_tokens_and_of_pooled_vectors() -
             assert float(found[m, k]) == pytest.approx((sum(tokens) / valid + pooled) / 2, abs=1e-6)
 
 
+def test_what_is_zero_beyond_a_caption_is_not_compared() -> None:
+    texts = Conditioning(torch.cat([torch.randn(3, 2, 8), torch.zeros(3, 6, 8)], 1))
+    ours = Conditioning(
+        texts.tokens + 5 * torch.cat([torch.zeros(3, 2, 8), torch.randn(3, 6, 8)], 1)
+    )
+    torch.testing.assert_close(similarities(ours, texts).diagonal(), torch.ones(3))
+
+
 def test_of_one_unit_vector_it_is_the_scalar_product() -> None:
     ours, texts = (torch.nn.functional.normalize(torch.randn(n, 1, 8), dim=-1) for n in (2, 3))
     found = similarities(Conditioning(ours), Conditioning(texts))

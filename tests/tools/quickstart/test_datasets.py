@@ -85,7 +85,7 @@ def test_held_out_pictures_get_their_own_number_of_motions(pictures):
 
 
 def test_new_motions_of_a_picture_are_held_out_and_all_others_trained(pictures):
-    entries = list(datasets.new_motions(pictures[:5], 2))
+    entries = list(datasets.new_motions(pictures[:5], 2, ()))
     for picture in pictures[:5]:
         own = [entry for entry in entries if picture.name in entry.key]
         sides = {
@@ -96,6 +96,9 @@ def test_new_motions_of_a_picture_are_held_out_and_all_others_trained(pictures):
         assert sides["train"] | sides["val"] == set(MOTIONS)
     held_out = {frozenset(about(e)["motion"] for e in entries[i : i + 2]) for i in range(0, 40, 8)}
     assert len(held_out) > 1  # not the same of every picture
+    new = {e.record["txt"].decode() for e in entries if e.split == "val"}
+    others = list(datasets.new_motions(pictures[:5], 2, new))
+    assert not new & {e.record["txt"].decode() for e in others if e.split == "val"}
 
 
 def center(frame):

@@ -18,6 +18,7 @@ from mmfusion.tools.quickstart.judges import (
     JUDGES,
     MotionJudge,
     ShapeJudge,
+    SmallJudge,
     SoundJudge,
     train_judge,
 )
@@ -78,6 +79,12 @@ def test_made_media_are_judged_by_the_caption_of_the_true_ones(judge: ShapeJudge
     judge.update(made, wanted)
     found = judge.compute()
     assert (found["right/color"], found["right/shape"], found["right/all"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [ShapeJudge, SoundJudge])
+def test_media_are_disturbed_where_they_are(kind: type[SmallJudge]) -> None:
+    seen = torch.zeros(2, kind.channels, 8, 64, device="meta")  # as strict as another device
+    assert kind("").disturbed(seen).device == seen.device
 
 
 def test_the_same_training_gives_the_same_judge(source: Source, tmp_path: Path) -> None:

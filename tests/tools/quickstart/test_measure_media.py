@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmfusion.inference import Answer
+from mmfusion.inference import Answer, load
 from mmfusion.metrics.judges.classifier import ClassifierJudge
+from mmfusion.tools.quickstart import measure_media
 from mmfusion.tools.quickstart.heldout import HeldOut
 from mmfusion.tools.quickstart.measure_media import (
     Said,
+    denoising_figures,
     drop_figures,
     emission_figure,
     right_figures,
 )
 from mmfusion.tools.quickstart.media_figures import rows, shown
+from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import Media, Message, Sample, Text
+from tests.training.pictures import prepare, recipe
+from tests.training.tiny import fit
 
 
 class Reader(ClassifierJudge):
@@ -40,6 +46,27 @@ def said(wanted: str, *made: tuple[str, str], concept: str = "c") -> Said:
     turns = (Message("user", (Text("ask"),)), Message("assistant", tuple(target)))
     parts = [Text("Here."), *(Media(modality, what.encode(), "png") for modality, what in made)]
     return Said(HeldOut(Sample(turns), about), Answer(parts))
+
+
+def test_denoising_figures_of_a_run_do_not_depend_on_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(recipe(prepare(tmp_path), trainer__max_steps=2))
+    source = from_recipe(str(run.path / "config.yaml"))[1].sources["pairs"]
+    items = [
+        HeldOut(source[i], {"concept": str(i), "source": "pairs", "modality": "image"})
+        for i in range(5)
+    ]
+    found = []
+    for together in (5, 2):
+        monkeypatch.setattr(measure_media, "TOGETHER", together)
+        figures = denoising_figures(load(run.path), items, "image")
+        found.append({name: figure.value for name, figure in figures.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len({round(found[0][name], 4) for name in ("ours", "caption", "empty")}) == 3
+    monkeypatch.setattr(measure_media, "NOISES", 1)
+    once = denoising_figures(load(run.path), items, "image")
+    assert once["ours"].value != pytest.approx(found[0]["ours"], rel=1e-3)  # another mean
 
 
 def test_an_answer_is_right_by_its_first_medium_of_the_modality() -> None:
