@@ -1,8 +1,8 @@
 """A vocoder without training: the spectrum that fits the mel frames best, and phases that fit the
 spectrum best (fast Griffin-Lim, Perraudin et al. 2013, doi:10.1109/WASPAA.2013.6701851).
 
-It stands in a pipeline's folder where HiFi-GAN stands in others. M clips, T mel frames, W bins, K
-frequencies.
+It stands in a pipeline's folder where HiFi-GAN stands in others. Whatever the precision it is kept
+in, it works in fp32. M clips, T mel frames, W bins, K frequencies.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ class GriffinLim(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.hop, self.window, self.iterations = math.prod(upsample_rates), window, iterations
+        # What its file holds; half precision rounds it, so nothing is computed from it.
         self.register_buffer("filters", mel_filters(sampling_rate, model_in_dim, window))
 
     @torch.no_grad()
     def forward(self, mel_MTW: Tensor) -> Tensor:
-        """(M, T * hop) waves."""
-        magnitude = self.spectrum(mel_MTW.float())
+        """(M, T * hop) waves, float32; each depends on its own frames alone."""
+        with torch.autocast(mel_MTW.device.type, enabled=False):
+            return self._waves(mel_MTW.float())
+
+    def _waves(self, mel_MTW: Tensor) -> Tensor:
+        magnitude = self.spectrum(mel_MTW)
         length = mel_MTW.shape[1] * self.hop
-        # Phases begin at random, from a generator of its own: the same frames sound the same.
-        draws = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
+        # Phases begin at random, the same for every clip: the same frames sound the same.
+        draws = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(0))
         phase = torch.polar(torch.ones_like(magnitude), 2 * math.pi * draws.to(magnitude))
         before = torch.zeros_like(phase)
         for _ in range(self.iterations):
@@ -61,11 +66,12 @@ class GriffinLim(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self._wave_of(magnitude * phase, length)
 
     def spectrum(self, mel_MTW: Tensor, updates: int = 60) -> Tensor:
-        """(M, K, T) magnitudes, none negative, whose mel frames are nearest: multiplicative updates
-        (Lee and Seung 2001).
+        """(M, K, T + 1) magnitudes, none negative, whose mel frames are nearest: multiplicative
+        updates (Lee and Seung 2001).
         """
         wanted = mel_MTW.exp().mT
-        filters: Any = self.filters
+        made: Any = self.config
+        filters = mel_filters(made.sampling_rate, made.model_in_dim, self.window).to(wanted)
         found = (torch.linalg.pinv(filters) @ wanted).clamp(min=1e-6)
         for _ in range(updates):
             found = found * (filters.T @ wanted) / (filters.T @ (filters @ found) + 1e-8)

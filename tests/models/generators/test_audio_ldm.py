@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import soundfile
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from mmfusion.models.generators.audio_ldm import AudioLDM
 from mmfusion.models.generators.base import DENOISER, PARTS, VAE, Sampling
+from mmfusion.models.generators.griffin_lim import GriffinLim
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.types import Conditioning, Media
 from tests.models.generators.tiny_sound import save_audio_ldm
@@ -151,3 +154,23 @@ def test_pipelines_of_another_shape_are_refused(tmp_path: Path) -> None:
     change("unet", class_embed_type="projection")
     with pytest.raises(ValueError, match="class_embed_type 'projection'"):
         AudioLDM(str(path), seconds=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_heard_through_griffin_lim(
+    folder: str, tmp_path: Path, dtype: Literal["bfloat16", "float16"]
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "pipeline"))
+    shutil.rmtree(path / "vocoder")
+    own = {"sampling_rate": 4000, "upsample_rates": [8, 8], "model_in_dim": 8, "window": 128}
+    GriffinLim(**own, iterations=2).save_pretrained(path / "vocoder")
+    index = path / "model_index.json"
+    vocoder = {"vocoder": ["diffusers", "GriffinLim"]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **vocoder}))
+    half = AudioLDM(str(path), window=128, dtype=dtype)
+    half.build(PARTS)
+    given = Conditioning(F.normalize(torch.randn(1, 1, 32), dim=-1))
+    (made,) = half.sample(given, half.encode_text([""]), Sampling(steps=2))
+    wave, rate = soundfile.read(io.BytesIO(made.data))
+    assert (len(wave), rate) == (16 * 64, 4000)
+    assert 0 < abs(wave).max() < 10
