@@ -74,6 +74,10 @@ class Answer(str):
         answer.parts = tuple(parts)
         return answer
 
+    def __getnewargs__(self) -> tuple[Any]:
+        """What a copy is made from; str's own would be taken for the parts."""
+        return (self.parts,)
+
     @property
     def media(self) -> list[Media]:
         """Media that were made, and what was said."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import mmfusion
-from mmfusion.inference import Chat
+from mmfusion.inference import Answer, Chat
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.types import Media, Message, Sample, Text
 from tests.training.tiny import fit, write_recipe
@@ -189,3 +192,15 @@ def test_an_answer_ends_at_a_text(chat: Chat) -> None:
     pieces = list(chat.generate(PROMPTS[0], stream=True, max_new_tokens=8, stop=stop))
     assert "".join(pieces).strip().endswith(stop)
     assert "".join(pieces).count(stop) == 1
+
+
+def through_pickle(answer: Answer) -> Answer:
+    return pickle.loads(pickle.dumps(answer))  # noqa: S301 (our own bytes)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle])
+def test_a_copy_of_an_answer_says_the_same(copied: Callable[[Answer], Answer]) -> None:
+    answer = Answer([Text("here it is"), Media("image", IMAGE, "bin"), Text("done")])
+    found = copied(answer)
+    assert (type(found), str(found), found.parts) == (Answer, "here it is done", answer.parts)
+    assert found.media == answer.media
