@@ -140,7 +140,7 @@ def test_it_answers_in_words_with_pictures_or_with_sound_as_it_is_asked(chat: Ch
 def test_the_conditioning_is_most_like_the_words_that_were_asked_for(chat: Chat) -> None:
     generator = chat.model.generator("image")
     generator.build({TEXT_ENCODER})
-    prompts = chat._batch([chat.processor.prompt(asked(word)[DRAW]) for word in COLORS])
+    prompts = chat.batch([chat.processor.prompt(asked(word)[DRAW]) for word in COLORS])
     ids = generate(chat.model, prompts, max_new_tokens=5)
     runs = find_runs(ids, chat.processor.signal_ids)
     found = conditioning_of(chat.model, prompts, ids, runs)["image"]
@@ -292,7 +292,7 @@ def test_fault_6_any_tokenizer_gives_whole_runs_of_signal_tokens(tmp_path: Path,
     assert output.conditioning["image"].tokens.shape == (2, 12, 32)
     assert ConditionAlignment("image")(model, output, batch).count == 2
 
-    prompts = Chat(model)._batch([processor.prompt(talk("?").messages[:1])])
+    prompts = Chat(model).batch([processor.prompt(talk("?").messages[:1])])
     first = processor.signal_ids["image"][0]
     vocabulary = model.llm.logits(torch.zeros(1, model.llm.hidden_dim)).shape[-1]
     others = [i for i in range(vocabulary) if i != first]

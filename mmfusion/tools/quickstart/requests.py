@@ -69,7 +69,8 @@ NEW_REQUESTS = {
         "Render a movie scene where {thing}.",
     ),
 }
-"""How they are asked for when it is measured: none of the words that ask occurs in training."""
+"""How they are asked for when it is measured: each asks by a word that no request of training has.
+"""
 
 CORNERS = {"circle": "None.", "rectangle": "Four.", "triangle": "Three."}
 

@@ -61,11 +61,9 @@ def asking_words(templates: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("modality", REQUESTS)
-def test_no_word_that_asks_when_measured_was_trained(modality: str) -> None:
+def test_each_measured_request_asks_by_a_word_that_was_not_trained(modality: str) -> None:
     trained = set().union(*(asking_words(ways) for ways in REQUESTS.values()))
     assert all(way.count("{thing}") == 1 for way in (*REQUESTS[modality], *NEW_REQUESTS[modality]))
-    verbs = {way.split("{thing}")[0].split()[-1].strip(":,") for way in NEW_REQUESTS[modality]}
-    assert verbs, "each has words of its own"
     for way in NEW_REQUESTS[modality]:
         assert asking_words((way,)) - trained, f"{way!r} asks in trained words only"
 
