@@ -115,7 +115,7 @@ def test_an_answer_is_conditioned_as_in_training(chat: Chat, home: Path) -> None
     encoded = [
         processor.encode(Sample((*asked, Message("assistant", answer)))) for asked, answer in talks
     ]
-    batch = chat._batch(encoded)
+    batch = chat.batch(encoded)
     with torch.no_grad():
         expected = chat.model(batch).conditioning["image"].tokens
     prompts = [processor.prompt(asked) for asked, _ in talks]
@@ -126,7 +126,7 @@ def test_an_answer_is_conditioned_as_in_training(chat: Chat, home: Path) -> None
     ids = torch.nn.utils.rnn.pad_sequence(news, batch_first=True, padding_value=2)
     runs = find_runs(ids, processor.signal_ids)
     assert [(run.row, run.end - run.start) for run in runs] == [(0, 3), (1, 3)]
-    found = conditioning_of(chat.model, chat._batch(prompts), ids, runs)["image"].tokens
+    found = conditioning_of(chat.model, chat.batch(prompts), ids, runs)["image"].tokens
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
