@@ -153,6 +153,8 @@ def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None
         f"--model.generators.{modality}.init_args.path={cache_dir()}/generators/{modality}-small"
         for modality in (GENERATORS if small else ())
     ]
+    for name in (STAGE2, ANSWERING):
+        refuse_outdated(run / name, GENERATORS if not small else [f"{m}-small" for m in GENERATORS])
     with steps.next("Stage 2: signal tokens and output projectors"):
         start = [f"--model.init_from={run}", *paths]
         fit([recipes / f"{STAGE2}.yaml"], run / STAGE2, [*start, *_small(STAGE2, small)])
@@ -295,6 +297,22 @@ def end_with_us(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.terminate()
         child.wait()
+
+
+def refuse_outdated(run: Path, generators: Sequence[str]) -> None:
+    """A run that began before a generator was trained learned to speak to another one.
+
+    Raises:
+        SystemExit: saying what to delete.
+    """
+    begun = run / "run.json"
+    for name in generators:
+        made = cache_dir() / "generators" / name / "training.json"
+        if begun.exists() and made.exists() and made.stat().st_mtime > begun.stat().st_mtime:
+            raise SystemExit(
+                f"{run} was trained with an older generator than {made.parent}; delete {run} (and "
+                "what came after it), and the same line again trains it anew."
+            )
 
 
 def finished(run: Path) -> bool:

@@ -4,6 +4,7 @@ them with what was asked, made and true.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,10 @@ def measure_and_report(
     before = stages["before"]
     key: dict[str, Any] = {"run": newest_checkpoint(run), "before": newest_checkpoint(before)}
     key["small"] = small
+    key["judges"] = {
+        name: hashlib.sha256(Path(judge.path).read_bytes()).hexdigest()
+        for name, judge in judges.items()
+    }
     file = run / "figures.json"
     if not file.exists() or json.loads(file.read_text())["checkpoints"] != key:
         figures, said = measure_media(run, before, judges, LIMIT[small], QUESTIONS[small])

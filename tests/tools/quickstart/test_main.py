@@ -18,6 +18,7 @@ from mmfusion.tools.quickstart.main import (
     finished,
     fit,
     read_json,
+    refuse_outdated,
 )
 from mmfusion.training.run import RunDirectory
 from tests.training.tiny import losses, write_recipe
@@ -133,6 +134,20 @@ def test_sigterm_ends_the_process_apart_as_well():
         assert time.monotonic() - start < 30
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_with_an_older_generator_is_not_taken_for_one_with_this(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFUSION_CACHE", str(tmp_path))
+    run, made = tmp_path / "run", tmp_path / "generators" / "image"
+    refuse_outdated(run, ["image"])  # neither is there
+    for folder, name in ((made, "training.json"), (run, "run.json")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    os.utime(made / "training.json", (1, 1))
+    refuse_outdated(run, ["image"])
+    os.utime(run / "run.json", (0, 0))
+    with pytest.raises(SystemExit, match=r"older generator.*delete"):
+        refuse_outdated(run, ["image"])
 
 
 def test_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
