@@ -43,11 +43,23 @@ class Sampling:
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
         seed: of the noise; item m draws from seed + m. Or a seed for each item.
+
+    Raises:
+        ValueError: for no steps, or a scale that is negative or not finite.
     """
 
     steps: int = 50
     guidance_scale: float = 7.5
     seed: int | tuple[int, ...] = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps is {self.steps}; expected 1 or more.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"sampling.guidance_scale is {self.guidance_scale}; expected a finite number, 0 or "
+                "more (1: no guidance)."
+            )
 
     def noise(self, count: int) -> list[torch.Generator]:
         """What each of ``count`` items draws from, on the CPU: the same on any device."""

@@ -22,3 +22,12 @@ def test_an_item_draws_from_the_seed_and_its_place_or_from_its_own() -> None:
 def test_seeds_that_do_not_fit_the_items_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sampling\.seed names 2 seeds; expected 3"):
         Sampling(seed=(1, 2)).noise(3)
+
+
+def test_samplings_that_draw_nothing_are_refused() -> None:
+    assert Sampling(steps=1, guidance_scale=0).guidance_scale == 0
+    with pytest.raises(ValueError, match=r"sampling\.steps is 0; expected 1 or more"):
+        Sampling(steps=0)
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"guidance_scale is {scale}; expected a finite"):
+            Sampling(guidance_scale=scale)
