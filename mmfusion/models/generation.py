@@ -49,7 +49,9 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
         options["max_new_tokens"] = min(asked, room)
     end = end_token_ids(model)
     if signals := list(model.processor().signal_ids.values()):
-        options["logits_processor"] = LogitsProcessorList([WholeRuns(signals)])
+        # After the caller's own, which might let a signal token stand alone.
+        given = options.get("logits_processor") or []
+        options["logits_processor"] = LogitsProcessorList([*given, WholeRuns(signals)])
     # Layers compiled for training would be compiled anew for every state of the cache.
     with torch.compiler.set_stance("force_eager"):
         return backbone.generate(

@@ -315,7 +315,10 @@ class MultimodalModule(L.LightningModule):
 
     def _count(self, name: str) -> Tensor:
         """Terms of an objective in this step, on all ranks."""
-        return self._step_counts[cast(Objective, self.objectives[name]).unit]
+        return self._step_counts[self._unit(name)]
+
+    def _unit(self, name: str) -> str:
+        return cast(Objective, self.objectives[name]).unit
 
     def _weight(self, name: str) -> float:
         return cast(Objective, self.objectives[name]).weight
@@ -333,7 +336,9 @@ class MultimodalModule(L.LightningModule):
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
-        """For each sample, where it is from, its loss and its supervised tokens."""
+        """For each sample, where it is from, and of each objective its loss and how many supervised
+        tokens, or targets, it is summed over.
+        """
         losses = self._losses(self.model(batch), batch)
         rows = []
         for i, sample in enumerate(batch.samples):
@@ -341,7 +346,8 @@ class MultimodalModule(L.LightningModule):
             row |= {"key": sample.key, "index": sample.ref.index}
             for name, loss in losses.items():
                 row[name] = float(loss.per_sample[i])
-                row[f"{name}_tokens"] = int(loss.per_sample_count[i])
+                terms = "tokens" if self._unit(name) == "tokens" else "targets"
+                row[f"{name}_{terms}"] = int(loss.per_sample_count[i])
             rows.append(row)
         return rows
 

@@ -163,6 +163,30 @@ def test_pictures_and_text_come_in_their_order(chat: Chat) -> None:
     assert len(signals) == 3
 
 
+def test_a_logits_processor_of_the_caller_works_beside_the_signal_tokens(chat: Chat) -> None:
+    first = chat.processor.signal_ids["image"][0]
+
+    def only_the_first(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = torch.arange(scores.shape[1]) == first
+        return scores.masked_fill(~wanted, -torch.inf)
+
+    options = {"max_new_tokens": 3, "sampling": SAMPLING, "logits_processor": [only_the_first]}
+    answer = chat.generate(ask("w1"), **options)
+    assert [media.modality for media in answer.parts] == ["image"]
+
+
+def test_predictions_count_tokens_and_targets(stage2: Path, home: Path) -> None:
+    target = Media("image", Path(save_picture(home)).read_bytes(), "png", caption="w1")
+    talk = (*ask("w31"), Message("assistant", (Text("w7 "), target, target)))
+    module = load_module(stage2)
+    used = Chat(module.model)
+    with torch.no_grad():
+        (row,) = module.predict_step(used.batch([used.processor.encode(Sample(talk))]), 0)
+    assert (row["align_targets"], row["denoise_targets"]) == (2, 2)
+    assert row["next_token_tokens"] > 2
+    assert not {"align_tokens", "denoise_tokens", "next_token_targets"} & set(row)
+
+
 def test_signal_tokens_follow_the_first_and_none_comes_alone() -> None:
     force = WholeRuns([[10, 11, 12], [20, 21]])
     scores = torch.zeros(4, 30)
