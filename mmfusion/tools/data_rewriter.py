@@ -107,7 +107,7 @@ class Runner:
         for _, modality, of in map(split_part, self.parts):
             if of == TEXT_ENCODER:
                 with self._context():
-                    text = with_text(self.model.generator(modality).encode_text([""]))
+                    text = with_text(self.model.generator(modality).encode_empty())
                 with write_whole(str(empty_file(folder, modality))) as file:
                     file.write(item_file({n: tensor[0] for n, tensor in text.items()}, {}))
 

@@ -3,8 +3,9 @@
 
 The conditioning are the text's tokens as the transformer takes them, zeros where a caption has no
 more: it attends to those as well, so a projector is to learn them (and squared error is the
-distance to align by; a zero has no cosine). Start and end are added here. What guidance leads away
-from is not the encoding of "" but zeros, start and end included, as in its training.
+distance to align by; a zero has no cosine). Start and end are added here. Without a text it was
+trained on zeros, start and end among the tokens included: so "" is encoded as zeros, to which start
+and end are not added. Guidance leads away from that, and dropped conditioning is that.
 
 Always the whole window of the transformer is diffused (47.6 s), with silence after the clip.
 """
@@ -122,9 +123,11 @@ class StableAudio(DiffusersPipeline):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Zeros after each caption's tokens, and for ""."""
         ids, mask = self.tokenize(captions, self.text_tokens)
         states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         found = self.text_projection(text_hidden_states=states).text_hidden_states
+        mask[[m for m, caption in enumerate(captions) if not caption]] = 0
         return Conditioning(found * mask[..., None].to(found))
 
     @torch.no_grad()
@@ -139,15 +142,16 @@ class StableAudio(DiffusersPipeline):
         return self._predicted(noisy, timesteps_M, *self._with_span(given.tokens))
 
     def _with_span(self, tokens_MCD: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens with those of start and end after them, (M, C + 2, D); and start and end side
-        by side, (M, 1, 2 D).
+        """The tokens with those of start and end after them, (M, C + 2, D), all zeros where the
+        tokens are; and start and end side by side, (M, 1, 2 D).
         """
         count = len(tokens_MCD)
         start = torch.zeros(count, device=tokens_MCD.device)
         found = self.span(start_seconds=start, end_seconds=start + self.seconds)
         both = (found.seconds_start_hidden_states, found.seconds_end_hidden_states)
         span = [each.to(tokens_MCD) for each in both]
-        return torch.cat([tokens_MCD, *span], 1), torch.cat(span, 2)
+        given = (tokens_MCD != 0).flatten(1).any(1)[:, None, None]
+        return torch.cat([tokens_MCD, *(each * given for each in span)], 1), torch.cat(span, 2)
 
     def _predicted(self, noisy: Tensor, times_M: Tensor, tokens: Tensor, span: Tensor) -> Tensor:
         rotary = get_1d_rotary_pos_embed(
@@ -172,10 +176,9 @@ class StableAudio(DiffusersPipeline):
         return super().sample(conditioning, zeros, sampling)
 
     def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
-        tokens, span = self._with_span(ours.tokens)
         guided = sampling.guidance_scale > 1
-        if guided:
-            tokens, span = torch.cat([torch.zeros_like(tokens), tokens]), torch.cat([span, span])
+        both = torch.cat([none.tokens, ours.tokens]) if guided else ours.tokens
+        tokens, span = self._with_span(both)
         shape = (int(self.configs["denoiser"]["in_channels"]), self.frames)
         drawn = [torch.randn(*shape, generator=g) for g in sampling.noise(len(ours.tokens))]
         latents = torch.stack(drawn).to(self.device)

@@ -132,10 +132,10 @@ class StableAudioFamily(Sounds):
         return diffusers.StableAudioPipeline(**made, scheduler=sampler)
 
     def encoded(self, path: str, captions: list[str]) -> tuple[Conditioning, Conditioning]:
-        texts = (captions, [""] * len(captions))
+        """The pipeline leads away from zeros where there is no negative prompt."""
         with torch.no_grad():
-            ours, none = (self.pipeline(path).encode_prompt(text, "cpu", False) for text in texts)
-        return Conditioning(ours), Conditioning(none)
+            ours = self.pipeline(path).encode_prompt(captions, "cpu", False)
+        return Conditioning(ours), Conditioning(torch.zeros_like(ours))
 
     def latents(self, g: Any, tensors: dict[str, Tensor], draw: torch.Generator) -> Tensor:
         stereo = tensors["samples"][:, None].repeat(1, 2, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfusion.models.generators.base import PARTS
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.noise import CosineNoise, noise_schedule
 from mmfusion.models.generators.stable_audio import StableAudio
 from mmfusion.types import Conditioning
@@ -86,6 +86,26 @@ def test_a_clip_is_followed_by_silence_and_its_end_is_told(folder: str) -> None:
     time = torch.tensor([0.5])
     short, long = (each.denoise(latents, time, given) for each in (generator, longer))
     assert not torch.allclose(short, long)
+
+
+def test_dropped_conditioning_is_what_sampling_leads_away_from(folder: str) -> None:
+    generator = StableAudio(folder, text_tokens=6)
+    generator.build(PARTS)
+    generator.requires_grad_(False).eval()
+    seen: list[dict[str, torch.Tensor]] = []
+    generator.denoiser.register_forward_pre_hook(
+        lambda module, _, given: seen.append(given), with_kwargs=True
+    )
+    ours, empty = generator.encode_text(["a b"]), generator.encode_empty()
+    generator.sample(ours, empty, Sampling(steps=1, guidance_scale=3.0))
+    both = Conditioning(torch.cat([empty.tokens, ours.tokens]))
+    generator.denoise(torch.randn(2, 3, 16), torch.full((2,), 0.5), both)
+    sampled, trained = seen
+    for name in ("encoder_hidden_states", "global_hidden_states"):
+        assert trained[name].equal(sampled[name])
+    assert not trained["encoder_hidden_states"][0].any()  # as the pipeline's, start and end too
+    assert trained["encoder_hidden_states"][1, -2:].any()
+    assert trained["global_hidden_states"][0].any()
 
 
 def test_lengths_that_do_not_fit_are_refused(folder: str) -> None:
