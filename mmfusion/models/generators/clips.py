@@ -53,18 +53,26 @@ class ClipProcessor(MediaProcessor):
         frames = decode_video(
             media.data, media.format, fps=self.fps, max_frames=self.num_frames, start=start, end=end
         )
-        scale = max(self.height / frames.shape[-2], self.width / frames.shape[-1])
-        covers = (
-            max(self.height, int(frames.shape[-2] * scale)),
-            max(self.width, int(frames.shape[-1] * scale)),
-        )
-        cut = center_crop(resize(frames, covers, "bicubic"), (self.height, self.width))
+        cut = covering(frames, self.height, self.width)
         still = cut[-1:].expand(self.num_frames - len(cut), -1, -1, -1)
         return {"pixels": torch.cat([cut, still])}
 
     def idle(self) -> MediaTensors:
         shape = (self.num_frames, 3, self.height, self.width)
         return {"pixels": torch.full(shape, 255, dtype=torch.uint8)}
+
+
+def covering(frames_T3HW: Tensor, height: int, width: int) -> Tensor:
+    """The middle (T, 3, ``height``, ``width``) of frames scaled until they cover that size. They
+    are cut first, to whole pixels: narrow frames that cover a wide size are huge.
+    """
+    sides = frames_T3HW.shape[-2:]
+    scale = max(height / sides[0], width / sides[1])
+    box = [
+        min(side, max(1, round(wanted / scale)))
+        for side, wanted in zip(sides, (height, width), strict=True)
+    ]
+    return resize(center_crop(frames_T3HW, (box[0], box[1])), (height, width), "bicubic")
 
 
 def drawn_clips(pipeline: Any, clip: ClipProcessor, **options: Any) -> list[Media]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfusion.models.generators.clips import ClipProcessor, as_mp4
+from mmfusion.models.generators.clips import ClipProcessor, as_mp4, covering
 from mmfusion.models.generators.pixels import checked_sides
+from mmfusion.processing.images import center_crop, resize
 from mmfusion.processing.videos import decode_video, video_info
 from mmfusion.types import DataError, Media
 from tests.models.generators.families import clip
@@ -48,6 +49,31 @@ def test_frames_cover_the_size_and_are_cut_to_their_middle() -> None:
     (found,) = ClipProcessor(32, 32, 1, 8.0)(media)["pixels"]
     expected = frame[:, 16:48].float()
     assert (found.float() - expected).abs().mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("of", "to"),
+    [((144, 250), (48, 80)), ((250, 144), (48, 80)), ((30, 40), (64, 48)), ((32, 48), (32, 48))],
+)
+def test_frames_are_what_the_middle_of_them_scaled_as_a_whole_is(
+    of: tuple[int, int], to: tuple[int, int]
+) -> None:
+    """To a pixel, of theirs or of the result: what is shown says where it was."""
+    places = torch.meshgrid(torch.arange(of[0]), torch.arange(of[1]), indexing="ij")
+    frames = torch.stack([*places, places[0]]).to(torch.uint8)[None]
+    scale = max(to[0] / of[0], to[1] / of[1])
+    whole = resize(frames, (max(to[0], int(of[0] * scale)), max(to[1], int(of[1] * scale))))
+    found, expected = covering(frames, *to).int(), center_crop(whole, to).int()
+    assert (found - expected).abs().max() <= max(1, 1 / scale)
+
+
+def test_narrow_frames_are_cut_in_little_memory() -> None:
+    """Scaled as a whole one would have 1.4e9 pixels."""
+    frames = torch.zeros(1, 3, 16, 100_000, dtype=torch.uint8)
+    frames[..., 49_990:50_010] = 200
+    for found in (covering(frames, 480, 128), covering(frames.mT, 128, 480).mT):
+        assert found.shape == (1, 3, 480, 128)
+        assert (found == 200).all()
 
 
 def test_clips_are_written_as_they_are() -> None:
