@@ -67,6 +67,21 @@ class LimitCheck:
                 f"{list(named)} of the LLM, and tuning NewTokens."
             )
 
+    def item(self, tokens: int, modality: str) -> None:
+        """Refuse a media item that would fill more than all positions, of any kind: how long it is
+        is a word of its file, and planned for before it is read.
+
+        Raises:
+            DataError: ``too_long``.
+        """
+        most = self._limits.tokens
+        if most is not None and tokens > most:
+            raise DataError(
+                "too_long",
+                f"one {modality} needs {tokens} tokens, the LLM has {most} positions; cut it, or "
+                "take an input projector that makes fewer tokens of it.",
+            )
+
     def length(self, tokens: int, what: str, remedy: str) -> None:
         """Refuse more tokens than learned positions; warn once beyond what rotary ones were
         trained for.

@@ -306,6 +306,7 @@ class Processor:
                 f"{media.modality} gives {num_features} features and {num_tokens} tokens; expected "
                 "at least one of each. It is too short or too small for this encoder.",
             )
+        self._check.item(num_tokens, media.modality)
         return MediaSlots(media.modality, num_features, num_tokens, start)
 
 

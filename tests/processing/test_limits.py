@@ -7,6 +7,7 @@ import pytest
 
 from mmfusion.processing.limits import Limits
 from mmfusion.processing.processor import Processor
+from mmfusion.processing.stored import StoredProcessor, item_file
 from mmfusion.types import DataError, Media, Message, Sample, Text
 from tests.models.tiny import TinyProcessor
 from tests.processing.conftest import CHATML
@@ -55,6 +56,22 @@ def test_beyond_rotary_positions_there_is_one_warning(
         f"the sample has {length} tokens, but the LLM was made for {length - 1} "
         "(max_position_embeddings): beyond them it may get worse. This is said once."
     ]
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_a_promised_item_beyond_all_positions_is_not_planned(
+    trained_tokenizer: Any, hard: bool
+) -> None:
+    stored = item_file({}, {"num_features": "999999"})
+    assert len(stored) < 100
+    limited = processor(trained_tokenizer, Limits(64, hard=hard))
+    limited.media["image"] = StoredProcessor(limited.media["image"], {}, "")
+    asked = Message("user", (Media("image", b"", "bin", stored=stored),))
+    plans = (lambda: limited.plan(Sample((asked, TALK[1]))), lambda: limited.prompt([asked]))
+    for plan in plans:
+        with pytest.raises(DataError, match="one image needs 999999 tokens") as error:
+            plan()
+        assert error.value.reason == "too_long"
 
 
 def test_tokens_without_an_embedding_are_refused_by_name(trained_tokenizer: Any) -> None:
