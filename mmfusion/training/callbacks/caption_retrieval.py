@@ -75,6 +75,11 @@ class CaptionRetrieval:
         """``cosine``, ``retrieval@k`` and the number of ``captions``, over all ranks, each of which
         must call it; nothing where there is no caption.
         """
+        # Autocast on a CPU knows no way to join what is kept in float16.
+        with torch.autocast(self._device.type, enabled=False):
+            return self._figures()
+
+    def _figures(self) -> dict[str, float]:
         keys = sorted(gather([kept.key for kept in self._kept]))
         last = keys[: self._room][-1] if keys else 0
         chosen = [kept for kept in self._kept if kept.key <= last]
