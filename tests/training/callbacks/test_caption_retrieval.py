@@ -70,8 +70,6 @@ def test_each_target_is_compared_with_all_captions(batches: Sequence[Sequence[in
     assert 0.1 < figures["retrieval@1"] < figures["retrieval@5"] < 1
 
 
-@pytest.mark.parametrize("batches", ORDERS, ids=["one", "many"])
-@pytest.mark.parametrize("bound", [{"MOST": 20}, {"MOST_BYTES": 20 * 4 * (4 * 6 + 5)}])
 def test_in_mixed_precision_the_figures_are_the_same() -> None:
     _, found = found_in([range(COUNT)])
     with torch.autocast("cpu", torch.bfloat16):
@@ -79,6 +77,8 @@ def test_in_mixed_precision_the_figures_are_the_same() -> None:
     assert mixed == pytest.approx(found, abs=1e-6)
 
 
+@pytest.mark.parametrize("batches", ORDERS, ids=["one", "many"])
+@pytest.mark.parametrize("bound", [{"MOST": 20}, {"MOST_BYTES": 20 * 4 * (4 * 6 + 5)}])
 def test_of_many_targets_those_with_the_smallest_keys_count(
     batches: Sequence[Sequence[int]], bound: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
