@@ -37,7 +37,9 @@ from mmfusion.types import (
     ConditioningSpec,
     MediaBatch,
     MediaTensors,
+    Message,
     ModelOutput,
+    Text,
 )
 
 OutputFactory = Callable[[int, ConditioningSpec], OutputProjector]
@@ -188,6 +190,7 @@ class AnyToAnyModel(nn.Module):
         for modality in self.output_projectors:  # in the recipe's order, the same on every rank
             target = batch.host.targets[modality]
             if target.idle:
+                self._baseline(modality, embeds.device)  # every rank runs what any rank runs
                 conditioning[modality], zero = self._idle_condition(modality, embeds)
                 idle = idle + zero
                 continue
@@ -215,7 +218,26 @@ class AnyToAnyModel(nn.Module):
         """
         projector = self._output(modality)
         read = {layer: fusion.gather(states[layer], slots) for layer in projector.layers}
+        for layer, state in self._baseline(modality, embeds.device).items():
+            read[layer] = read[layer] - state
         return projector(read, fusion.gather(embeds, slots))
+
+    @torch.no_grad()
+    def _baseline(self, modality: str, device: torch.device) -> dict[int, Tensor]:
+        """(1, S, D) of each layer that is read: the states that answer the projector's baseline;
+        none where it has no such. They follow the LLM's adapters and new rows in every step.
+        """
+        projector, processor = self._output(modality), self.processor()
+        if not projector.baseline:
+            return {}
+        asked = processor.prompt([Message("user", (Text(projector.baseline),))]).planned.input_ids
+        signals = torch.tensor(processor.signal_ids[modality])
+        ids = torch.cat([asked, signals])[None].to(device)
+        places = torch.arange(ids.shape[1], device=device)[None]
+        borders = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
+        with torch.compiler.set_stance("force_eager"):  # nothing to compile a short row for
+            states = self.llm.forward_layers(self.llm.embed(ids), places, borders, projector.layers)
+        return {layer: state[:, -len(signals) :] for layer, state in states.items()}
 
     def _idle_condition(self, modality: str, embeds: Tensor) -> tuple[Conditioning, Tensor]:
         """Of a target that is not there, and a zero with its graph."""

@@ -88,6 +88,25 @@ def batch_of(model: AnyToAnyModel, *captions: str | None) -> Batch:
     return collate(encoded(model, *captions), model.processor())
 
 
+def test_a_baseline_is_what_the_same_tokens_say_where_nothing_is_asked_for(folder: Path) -> None:
+    def relative(in_dim: int, spec: ConditioningSpec) -> QueryDecoder:
+        return QueryDecoder(in_dim, spec, layers=(1, -1), baseline="w9", **SMALL)
+
+    plain, model = made(folder), made(folder, relative)
+    model.output_projectors.load_state_dict(plain.output_projectors.state_dict())
+    turns = (Message("user", (Text("w9"),)), Message("assistant", (picture(0),)))
+    asked_nothing = model.processor().encode(Sample(turns), None, SampleRef("s", 0, 9, 9))
+    given = [*encoded(model, "w1", "w2 w3"), asked_nothing]
+    found = model(collate(given, model.processor())).conditioning["image"].tokens
+    nothing = torch.zeros(1, 3, model.llm.hidden_dim)
+    projector: Any = model.output_projectors["image"]
+    zero = projector(dict.fromkeys(projector.layers, nothing), nothing).tokens
+    torch.testing.assert_close(found[2:], zero, atol=1e-5, rtol=1e-4)
+    assert (found[:2] - zero).abs().amax((1, 2)).min() > 1e-3
+    as_it_is = plain(collate(given, plain.processor())).conditioning["image"].tokens
+    assert (found - as_it_is).abs().amax((1, 2)).min() > 1e-3
+
+
 @pytest.mark.parametrize("distance", ["mse", "l2", "cosine"])
 def test_alignment_is_the_distance_to_the_text_encoding(folder: Path, distance: Any) -> None:
     model = made(folder)

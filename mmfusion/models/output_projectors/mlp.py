@@ -22,6 +22,7 @@ class MLP(OutputProjector):
         in_dim, spec: given by the model.
         layers: see the base class.
         add_embeddings: see the base class.
+        baseline: see the base class.
         depth: linear layers; 1 is a linear projector.
         hidden_dim: width between the layers (None: ``in_dim``).
         activation: a name transformers knows.
@@ -33,11 +34,12 @@ class MLP(OutputProjector):
         spec: ConditioningSpec,
         layers: Sequence[int] = (-1,),
         add_embeddings: bool = False,
+        baseline: str = "",
         depth: int = 2,
         hidden_dim: int | None = None,
         activation: str = "gelu",
     ) -> None:
-        super().__init__(in_dim, spec, layers, add_embeddings)
+        super().__init__(in_dim, spec, layers, add_embeddings, baseline)
         if depth < 1:
             raise ValueError(f"depth is {depth}; an MLP needs at least 1 linear layer.")
         if activation not in ACT2FN:
@@ -65,6 +67,7 @@ class Linear(MLP):
         in_dim, spec: given by the model.
         layers: see the base class.
         add_embeddings: see the base class.
+        baseline: see the base class.
     """
 
     def __init__(
@@ -73,5 +76,6 @@ class Linear(MLP):
         spec: ConditioningSpec,
         layers: Sequence[int] = (-1,),
         add_embeddings: bool = False,
+        baseline: str = "",
     ) -> None:
-        super().__init__(in_dim, spec, layers, add_embeddings, depth=1)
+        super().__init__(in_dim, spec, layers, add_embeddings, baseline, depth=1)

@@ -22,6 +22,7 @@ class QueryDecoder(OutputProjector):
         in_dim, spec: given by the model.
         layers: see the base class.
         add_embeddings: see the base class.
+        baseline: see the base class.
         dim: width inside.
         encoder_layers: over the signal states.
         decoder_layers: of the queries.
@@ -36,6 +37,7 @@ class QueryDecoder(OutputProjector):
         spec: ConditioningSpec,
         layers: Sequence[int] = (-1,),
         add_embeddings: bool = False,
+        baseline: str = "",
         dim: int = 512,
         encoder_layers: int = 4,
         decoder_layers: int = 4,
@@ -43,7 +45,7 @@ class QueryDecoder(OutputProjector):
         ffn_dim: int = 2048,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_dim, spec, layers, add_embeddings)
+        super().__init__(in_dim, spec, layers, add_embeddings, baseline)
         if dim % heads:
             raise ValueError(f"dim {dim} is no multiple of heads {heads}.")
         self.inward = nn.Linear(in_dim, dim)

@@ -63,7 +63,7 @@ def test_the_loss_is_the_u_nets_under_the_vector_as_class_label(
     found = generator.denoising_loss(latents, conditioning, KEYS)
     scheduler = DDPMScheduler.from_pretrained(generator.path, subfolder="scheduler")
     for m, key in enumerate(KEYS):
-        draw = torch.Generator().manual_seed(key)
+        draw = generators_of([key], 0)[0]
         step = torch.randint(0, 100, (1,), generator=draw)
         noise = torch.randn(latents[m].shape, generator=draw)[None]
         alpha = scheduler.alphas_cumprod[step]
@@ -80,7 +80,7 @@ def test_latents_are_drawn_from_the_scaled_posterior_of_the_mel_frames(
 ) -> None:
     mel = generator.target_processor()(sound(assets, "apple"))["mel"]
     posterior = generator.vae.encode(mel[None, None]).latent_dist
-    noise = torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(KEYS[0] ^ 1))
+    noise = torch.randn(4, 8, 4, generator=generators_of(KEYS, 1)[0])
     expected = 0.25 * (posterior.mean[0] + posterior.std[0] * noise)
     torch.testing.assert_close(latents_of(generator, assets)[0], expected)
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from mmfusion.models.generators.base import PARTS, Sampling
+from mmfusion.models.generators.noise import generators_of
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.types import Conditioning
 from tests.models.generators import tiny
@@ -39,10 +40,10 @@ def test_the_loss_is_that_of_the_documentation(
     found = generator.denoising_loss(latents, given, KEYS, 0, min_snr)
     scheduler = DDPMScheduler.from_pretrained(generator.path, subfolder="scheduler")
     for m, key in enumerate(KEYS):
-        draw, x = torch.Generator().manual_seed(key), latents[m : m + 1]
+        draw, x = generators_of([key], 0)[0], latents[m : m + 1]
         loss = family.loss(generator, x, Conditioning(given.tokens[m : m + 1]), draw)
         if min_snr:
-            level = torch.randint(0, 100, (1,), generator=draw.manual_seed(key))
+            level = torch.randint(0, 100, (1,), generator=generators_of([key], 0)[0])
             alpha = scheduler.alphas_cumprod[level].squeeze()
             snr = alpha / (1 - alpha)
             least = torch.minimum(snr, torch.tensor(min_snr))
