@@ -25,7 +25,7 @@ from mmfusion.tools.quickstart.sources import Picture, read_pictures
 COMMITTED = Path(__file__).parents[3] / "tests" / "assets"
 TRAIN_SHAPES, VAL_SHAPES, SHAPE_TURNS = 2000, 300, 2
 CLIPS_PER_PICTURE = {"train": 4, "val": 2}
-MOVING, NEW_MOTIONS = 96, 2
+MOVING, NEW_MOTIONS = 32, 2
 """Pictures that move in the clips of the generator of video, and motions of each that are held out.
 """
 SOUNDS_OF_A_KIND = {"train": 160, "val": 16}
