@@ -118,10 +118,11 @@ def test_a_generator_of_clips_is_trained_alike(tmp_path: Path) -> None:
     processor = generator.target_processor()
     media = list(read_media(read_recipe(file).source))
     mean, std = moments(generator, processor.collate([processor(item) for item in media]))
-    drawn = [generator.scaled(mean + std * torch.randn_like(mean)) for _ in range(20)]
-    channels = torch.stack(drawn).transpose(0, 2).flatten(1)
-    torch.testing.assert_close(channels.mean(1), torch.zeros(8), atol=0.02, rtol=0)
-    torch.testing.assert_close(channels.std(1), torch.ones(8), atol=0.02, rtol=0)
+    scaled, axes = generator.scaled(mean), (0, 2, 3, 4)
+    spread = generator.scaled(mean + std) - scaled
+    torch.testing.assert_close(scaled.mean(axes), torch.zeros(8), atol=1e-3, rtol=0)
+    whole = scaled.var(axes) + spread.square().mean(axes)
+    torch.testing.assert_close(whole, torch.ones(8), atol=5e-3, rtol=0)  # weights are halved
     given = generator.requires_grad_(False).encode_text(["a thing goes up"])
     (made,) = generator.sample(given, generator.encode_empty(), Sampling(steps=2))
     assert processor(made)["pixels"].shape == (9, 3, 32, 32)
