@@ -62,17 +62,19 @@ class OutputProjector(nn.Module, ABC):
             states: (M, S, D) of each of :attr:`layers`.
             embeds_MSD: the signal tokens' embeddings.
         """
-        # Trained in fp32, like every part that trains; the LLM may be bf16.
+        # In the precision of its own weights, fp32 where it trains: what is asked for is a small
+        # part of the states, and bf16 activations round it away.
         dtype = next((p.dtype for p in self.parameters()), embeds_MSD.dtype)
-        chosen = [states[layer].to(dtype) for layer in self.layers]
-        mixed = chosen[0]
-        if len(chosen) > 1:
-            mixed = self.scale * torch.einsum(
-                "l,lmsd->msd", self.mix.softmax(0), torch.stack(chosen)
-            )
-        if self.add_embeddings:
-            mixed = mixed + embeds_MSD.to(dtype)
-        return self.project(mixed)
+        with torch.autocast(embeds_MSD.device.type, enabled=False):
+            chosen = [states[layer].to(dtype) for layer in self.layers]
+            mixed = chosen[0]
+            if len(chosen) > 1:
+                mixed = self.scale * torch.einsum(
+                    "l,lmsd->msd", self.mix.softmax(0), torch.stack(chosen)
+                )
+            if self.add_embeddings:
+                mixed = mixed + embeds_MSD.to(dtype)
+            return self.project(mixed)
 
     @abstractmethod
     def project(self, states_MSD: Tensor) -> Conditioning:

@@ -53,6 +53,18 @@ def test_a_target_is_projected_alone_as_among_others(kind: Any) -> None:
     torch.testing.assert_close(alone.pooled[0], together.pooled[1])
 
 
+@pytest.mark.parametrize("kind", [QueryDecoder, MLP, Linear])
+def test_mixed_precision_does_not_round_what_a_projector_makes(kind: Any) -> None:
+    """In bf16 the small part of the states that tells one caption from another would be lost."""
+    projector = kind(8, SPECS["clap"], **(SMALL if kind is QueryDecoder else {})).eval()
+    given = {-1: states()[-1].bfloat16()}
+    full = projector(given, torch.zeros(3, 4, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = projector(given, torch.zeros(3, 4, 8))
+    assert mixed.tokens.dtype == torch.float32
+    torch.testing.assert_close(mixed.tokens, full.tokens, rtol=0, atol=0)
+
+
 def test_a_linear_projector_is_a_matrix() -> None:
     projector = Linear(8, ConditioningSpec(5, 6))
     given = states()
