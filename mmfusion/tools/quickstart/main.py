@@ -164,7 +164,7 @@ def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None
     with steps.next("Measure the answers with media, and report"):
         from mmfusion.tools.quickstart.media_figures import measure_and_report
 
-        stages = {"before": run, "stage 2": run / STAGE2}
+        stages = {"stage 1": run / STAGE1, "before": run, "stage 2": run / STAGE2}
         measure_and_report(run / ANSWERING, stages, judges, steps.seconds, small)
 
 

@@ -180,26 +180,37 @@ def _by_source(
 
 
 def choice_figures(chat: Chat, items: Sequence[HeldOut]) -> dict[str, Estimate]:
-    """How often the right one of ``OPTIONS`` captions of the same source is preferred, by source.
-
-    A caption's score is its loss under these media minus its mean loss under media of all other
-    concepts: what is likely anyway is not preferred for it. Every item is asked with ``CHOICES``
-    draws of wrong captions.
-    """
+    """How often the right one of ``OPTIONS`` captions is preferred, by source."""
     figures = {}
     for source, bound in CHOICE_BOUNDS.items():
-        group = [item for item in items if item.about["source"] == source]
-        if len({item.concept for item in group}) < OPTIONS:
+        group = of_source(items, source)
+        if not group:
             continue
         _tell(f"{source}: which of {OPTIONS} captions is preferred")
-        scores = _scores_over_others(chat, group)
-        right = np.zeros(len(group))
-        for draw in range(CHOICES):
-            for index, others in enumerate(strangers(group, OPTIONS - 1, draw)):
-                right[index] += scores[index, index] < scores[others, index].min()
         concepts = [item.concept for item in group]
-        figures[source] = ratio(right / CHOICES, np.ones(len(group)), concepts, bound)
+        figures[source] = ratio(right_captions(chat, group), np.ones(len(group)), concepts, bound)
     return figures
+
+
+def of_source(items: Sequence[HeldOut], source: str) -> list[HeldOut]:
+    """Those of a source; none where it has too few captions to choose among."""
+    group = [item for item in items if item.about["source"] == source]
+    return group if len({item.concept for item in group}) >= OPTIONS else []
+
+
+def right_captions(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
+    """(S,) how often the right one of ``OPTIONS`` captions is preferred, of ``CHOICES`` draws of
+    wrong ones.
+
+    A caption's score is its loss under these media minus its mean loss under media of all other
+    concepts: what is likely anyway is not preferred for it.
+    """
+    scores = _scores_over_others(chat, items)
+    right = np.zeros(len(items))
+    for draw in range(CHOICES):
+        for index, others in enumerate(strangers(items, OPTIONS - 1, draw)):
+            right[index] += scores[index, index] < scores[others, index].min()
+    return right / CHOICES
 
 
 def _scores_over_others(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
@@ -212,7 +223,13 @@ def _scores_over_others(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
 
 
 def motion_figures(chat: Chat, items: Sequence[HeldOut]) -> Estimate:
-    """How often the right one of all motions is the likeliest, the caption else the same."""
+    """How often the right one of all motions is the likeliest."""
+    concepts = [item.concept for item in items]
+    return ratio(right_motions(chat, items), np.ones(len(items)), concepts)
+
+
+def right_motions(chat: Chat, items: Sequence[HeldOut]) -> np.ndarray:
+    """(S,) 1 where the right one of all motions is the likeliest, the caption else the same."""
     names = sorted(MOTIONS)
     flat = []
     for item in items:
@@ -228,7 +245,7 @@ def motion_figures(chat: Chat, items: Sequence[HeldOut]) -> Estimate:
     sums, tokens = _scores(chat, flat)
     best = (sums / tokens).reshape(len(items), len(names)).argmin(1)
     right = [names[b] == item.about["motion"] for b, item in zip(best, items, strict=True)]
-    return ratio(np.array(right, float), np.ones(len(right)), [item.concept for item in items])
+    return np.array(right, float)
 
 
 def shape_figures(chat: Chat, source: Source, train: Source, questions: int) -> Figures:
@@ -275,14 +292,12 @@ def short_answers(chat: Chat, samples: Sequence[Sample]) -> list[str]:
     ]
 
 
-def right_shapes(chat: Chat, source: Source, questions: int) -> list[tuple[str, bool]]:
-    """For each question about shapes, its concept and whether it is answered right."""
+def right_shapes(chat: Chat, source: Source, questions: int) -> tuple[list[str], np.ndarray]:
+    """Concepts of the questions about shapes, and 1 for each that is answered right."""
     asked = list(alone(read_held_out(source)))[:questions]
     said = short_answers(chat, [sample for _, sample, _ in asked])
-    return [
-        (item.concept, normal(answer) == normal(truth))
-        for (item, _, truth), answer in zip(asked, said, strict=True)
-    ]
+    right = [normal(a) == normal(truth) for a, (_, _, truth) in zip(said, asked, strict=True)]
+    return [item.concept for item, _, _ in asked], np.array(right, float)
 
 
 def normal(answer: str) -> str:

@@ -16,16 +16,27 @@ import numpy as np
 import torch
 
 from mmfusion.data.order import key64
+from mmfusion.data.source import Source
 from mmfusion.inference import Answer, Chat, load
 from mmfusion.models.generators.base import Sampling
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.tools.quickstart.heldout import HeldOut, read_held_out, text_of
 from mmfusion.tools.quickstart.intervals import Estimate, ratio
 from mmfusion.tools.quickstart.judges import SmallJudge
-from mmfusion.tools.quickstart.measure import data_of, normal, right_shapes
+from mmfusion.tools.quickstart.measure import (
+    data_of,
+    normal,
+    of_source,
+    right_captions,
+    right_motions,
+    right_shapes,
+    with_memory,
+)
 from mmfusion.types import Conditioning, Media, SampleRef
 
 Figures = dict[str, Any]
+Rights = tuple[list[str], np.ndarray]
+"""Concepts of some items, and how right each was."""
 
 RIGHT_BOUNDS = {"image": 0.85, "audio": 0.75, "video": 0.75}
 EMISSION_BOUND, GAIN_BOUND, DROP_BOUND = 0.95, 0.80, -0.02
@@ -56,19 +67,34 @@ class Said:
         return [medium for medium in self.answer.media if medium.modality == self.wanted]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Args:
+        requests: the most of a modality, and questions that words answer.
+        questions: about shapes, to the runs before and after.
+        captions: samples of a data set, for both.
+    """
+
+    requests: int
+    questions: int
+    captions: int
+
+
 def measure_media(
-    run: Path, before: Path, judges: Mapping[str, SmallJudge], limit: int, questions: int
+    run: Path, stages: Mapping[str, Path], judges: Mapping[str, SmallJudge], sizes: Sizes
 ) -> tuple[Figures, list[Said]]:
     """All figures of the run, and what it said.
 
     Args:
         run: that answers with media.
-        before: the understanding run it began from.
+        stages: ``stage 1``, whose held-out captions are asked for, and ``before``, the
+            understanding run that this one began from.
         judges: one for each modality, built.
-        limit: the most requests of a modality, and questions that words answer.
-        questions: about shapes, to both runs.
+        sizes: how much is measured.
     """
-    data, chat = data_of(run), load(run)
+    data, chat, limit = data_of(run), load(run), sizes.requests
     print("   requests in new words, and questions that words answer", flush=True)
     asked = _per_modality(read_held_out(data.val_sources["requests"]), limit)
     in_words = read_held_out(data.val_sources["words"], limit)
@@ -83,13 +109,29 @@ def measure_media(
         "emission": emission_figure(said),
         "denoising": {name: denoising_figures(chat, asked, name) for name in chat.makes},
     }
-    print(f"   shapes: answers to {questions} questions, before and after", flush=True)
+    print("   understanding, before and after", flush=True)
+    captions = data_of(stages["stage 1"]).val_sources
     found = {
-        name: right_shapes(model, data.val_sources["shapes"], questions)
-        for name, model in (("after", chat), ("before", load(before)))
+        name: understanding(model, captions, data.val_sources["shapes"], sizes)
+        for name, model in (("after", chat), ("before", load(stages["before"])))
     }
-    figures["understanding"] = drop_figures(found)
+    figures["understanding"] = drop_figures(found["before"], found["after"])
     return figures, [*said, *remade]
+
+
+def understanding(
+    chat: Chat, captions: Mapping[str, Source], shapes: Source, sizes: Sizes
+) -> dict[str, Rights]:
+    """What the quickstart measures in per cent of a run that understands, item by item."""
+    found = {"shapes": right_shapes(chat, shapes, sizes.questions)}
+    chat = with_memory(chat)
+    pictures = of_source(read_held_out(captions["pictures"], sizes.captions), "stamps")
+    if pictures:
+        concepts = [item.concept for item in pictures]
+        found["stamps"] = concepts, right_captions(chat, pictures)
+    clips = read_held_out(captions["motions"], sizes.captions)
+    found["motions"] = [item.concept for item in clips], right_motions(chat, clips)
+    return found
 
 
 def _per_modality(items: Sequence[HeldOut], limit: int) -> list[HeldOut]:
@@ -197,19 +239,19 @@ def denoising_figures(chat: Chat, asked: Sequence[HeldOut], modality: str) -> di
     return {**{name: ratio(values, ones, concepts) for name, values in found.items()}, "gain": gain}
 
 
-def drop_figures(found: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, Estimate]:
-    """Exact match before and after, and the difference on the same questions.
-
-    Args:
-        found: for both runs (concept, right) of each question.
-    """
-    concepts = [concept for concept, _ in found["before"]]
-    right = {name: np.array([r for _, r in rows], float) for name, rows in found.items()}
-    ones = np.ones(len(concepts))
-    return {
-        **{name: ratio(values, ones, concepts) for name, values in right.items()},
-        "change": ratio(right["after"] - right["before"], ones, concepts, DROP_BOUND),
-    }
+def drop_figures(
+    before: Mapping[str, Rights], after: Mapping[str, Rights]
+) -> dict[str, dict[str, Estimate]]:
+    """Shares before and after, and the differences on the same items."""
+    figures = {}
+    for name, (concepts, old) in before.items():
+        new, ones = after[name][1], np.ones(len(old))
+        figures[name] = {
+            "before": ratio(old, ones, concepts),
+            "after": ratio(new, ones, concepts),
+            "change": ratio(new - old, ones, concepts, DROP_BOUND),
+        }
+    return figures
 
 
 def words_of(one: Said) -> tuple[str, str]:

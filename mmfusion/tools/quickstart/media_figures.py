@@ -13,6 +13,8 @@ from typing import Any
 
 from mmfusion.tools.quickstart.figures import (
     BOUNDS_OF_SMALL,
+    HELD_OUT,
+    QUESTIONS,
     newest_checkpoint,
     peak_memory,
     print_rows,
@@ -21,16 +23,23 @@ from mmfusion.tools.quickstart.figures import (
 )
 from mmfusion.tools.quickstart.intervals import Estimate
 from mmfusion.tools.quickstart.judges import SmallJudge
-from mmfusion.tools.quickstart.measure_media import Said, measure_media
+from mmfusion.tools.quickstart.measure_media import Said, Sizes, measure_media
 from mmfusion.tools.quickstart.report import Shown, render
 from mmfusion.types import Media, Text
 
-LIMIT, QUESTIONS = {False: 96, True: 8}, {False: 600, True: 40}
+SIZES = {False: Sizes(96, QUESTIONS[False], HELD_OUT[False]), True: Sizes(8, 40, HELD_OUT[True])}
+"""By ``small``."""
+
 SHOWN = 8
 """Answers on the page, of each kind."""
 
 NAMES = {"image": "picture", "audio": "sound", "video": "clip"}
 ASPECTS = {"image": "right color and shape", "audio": "right sound", "video": "right motion"}
+UNDERSTANDING = {
+    "shapes": "questions about shapes: exact match",
+    "stamps": "stamps: right one of 8 captions",
+    "motions": "clips: right one of 8 motions",
+}
 
 
 def measure_and_report(
@@ -44,13 +53,13 @@ def measure_and_report(
 
     Args:
         run: that answers with media.
-        stages: the understanding run it began from, ``before``, and ``stage 2``.
+        stages: ``stage 1``, the understanding run this one began from, ``before``, and ``stage 2``.
         judges: one for each modality, built.
         seconds: that the steps so far took.
         small: a few samples of each.
     """
-    before = stages["before"]
-    key: dict[str, Any] = {"run": newest_checkpoint(run), "before": newest_checkpoint(before)}
+    runs = {"run": run, "before": stages["before"]}
+    key: dict[str, Any] = {name: newest_checkpoint(folder) for name, folder in runs.items()}
     key["small"] = small
     key["judges"] = {
         name: hashlib.sha256(Path(judge.path).read_bytes()).hexdigest()
@@ -58,7 +67,7 @@ def measure_and_report(
     }
     file = run / "figures.json"
     if not file.exists() or json.loads(file.read_text())["checkpoints"] != key:
-        figures, said = measure_media(run, before, judges, LIMIT[small], QUESTIONS[small])
+        figures, said = measure_media(run, stages, judges, SIZES[small])
         curves = {"stage 2": stages["stage 2"], "last stage": run}
         training = {name: training_figures(folder) for name, folder in curves.items()}
         figures |= {"checkpoints": key, "training": training, "memory_gib": peak_memory()}
@@ -107,10 +116,9 @@ def rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
         ):
             yield f"{name}s: denoising loss under {what}", found[kind], "loss"
         yield f"{name}s: share of the caption's gain", found["gain"], "share"
-    found = figures["understanding"]
-    yield "shapes: exact match before", found["before"], "share"
-    yield "shapes: exact match after", found["after"], "share"
-    yield "shapes: change", found["change"], "share"
+    for name, found in figures["understanding"].items():
+        for when in ("before", "after", "change"):
+            yield f"{UNDERSTANDING[name]}: {when}", found[when], "share"
 
 
 def _of(figures: dict[str, Any], kind: str, modality: str) -> dict[str, Any]:

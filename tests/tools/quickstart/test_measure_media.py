@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmfusion.inference import Answer, load
@@ -100,10 +101,10 @@ def test_emission_counts_modalities_that_are_missed_or_surplus() -> None:
 
 
 def test_the_change_is_over_the_same_questions() -> None:
-    found = drop_figures({
-        "before": [("a", True), ("b", True), ("c", False), ("d", False)],
-        "after": [("a", True), ("b", False), ("c", False), ("d", False)],
-    })  # fmt: skip
+    concepts = ["a", "b", "c", "d"]
+    before = {"shapes": (concepts, np.array([1.0, 1.0, 0.0, 0.0]))}
+    after = {"shapes": (concepts, np.array([1.0, 0.0, 0.0, 0.0]))}
+    found = drop_figures(before, after)["shapes"]
     assert (found["before"].value, found["after"].value) == (0.5, 0.25)
     assert found["change"].value == -0.25
     assert not found["change"].reached
@@ -115,10 +116,12 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     figures = {
         "right": each, "judges": each, "remade": {"image": one}, "emission": one,
         "denoising": {m: dict.fromkeys(("ours", "caption", "empty", "gain"), one) for m in each},
-        "understanding": dict.fromkeys(("before", "after", "change"), one),
+        "understanding": dict.fromkeys(
+            ("shapes", "stamps", "motions"), dict.fromkeys(("before", "after", "change"), one)
+        ),
     }  # fmt: skip
     table = list(rows(figures))
-    assert len(table) == len({what for what, _, _ in table}) == 6 + 1 + 1 + 12 + 3
+    assert len(table) == len({what for what, _, _ in table}) == 6 + 1 + 1 + 12 + 9
 
 
 def test_the_page_shows_question_answer_and_truth() -> None:
