@@ -88,13 +88,22 @@ def audit(
     return AuditTable([_row(name, part, groups) for name, part in model.parts()])
 
 
-def check_reaches_loss(model: nn.Module) -> None:
+def check_reaches_loss(model: nn.Module, reached: Collection[nn.Parameter] = ()) -> None:
     """Call after the first backward pass: every trainable parameter must have a gradient.
+
+    Args:
+        model: whose parameters are looked at.
+        reached: those that were seen to get one, though it may be gone by now (ZeRO).
 
     Raises:
         TuningError: with the names of those that have none.
     """
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    seen = set(reached)
+    lost = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is None and p not in seen
+    ]
     if lost:
         raise TuningError(
             f"{len(lost)} trainable parameters reach no loss: {lost[:8]}"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, astuple, fields
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from mmfusion.audit import check_reaches_loss
 from mmfusion.training.loggers import wandb_of
@@ -31,7 +33,9 @@ class Audit(L.Callback):
 
     def __init__(self, warn_after: int = 100) -> None:
         self.warn_after = warn_after
-        self._reached = False
+        self._checked = False
+        self._reached: dict[torch.nn.Parameter, None] = {}
+        self._hooks: list[RemovableHandle] = []
         self._began = 0
         self._seen: dict[str, bool] = {}
 
@@ -47,7 +51,7 @@ class Audit(L.Callback):
             wandb.log_table("audit", columns=columns, data=rows)
         for logger in trainer.loggers:
             logger.log_hyperparams({"audit": {row.part: asdict(row) for row in table.rows}})
-        self._reached = False
+        self._checked = False
         self._seen = dict.fromkeys(_training_modalities(module), False)
         self._began = trainer.global_step
 
@@ -76,11 +80,23 @@ class Audit(L.Callback):
                     ", ".join(never),
                 )
 
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor
+    ) -> None:
+        """Watch for gradients: ZeRO takes them away as they come."""
+        if not self._checked:
+            for parameter in pl_module.parameters():
+                if parameter.requires_grad:
+                    note = partial(self._reached.setdefault, parameter)
+                    self._hooks.append(parameter.register_hook(lambda grad, note=note: note(None)))
+
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check once that every trainable parameter has a gradient."""
-        if not self._reached:
-            check_reaches_loss(cast(MultimodalModule, pl_module).model)
-            self._reached = True
+        if not self._checked:
+            for hook in self._hooks:
+                hook.remove()
+            check_reaches_loss(cast(MultimodalModule, pl_module).model, self._reached)
+            self._checked = True
 
 
 def _training_modalities(module: MultimodalModule) -> list[str]:
