@@ -85,6 +85,11 @@ class LLM(nn.Module, ABC):
         """Compile what is repeated (torch.compile), for any number of tokens."""
         self.compile(dynamic=True)
 
+    @property
+    @abstractmethod
+    def head(self) -> nn.Module:
+        """The output head, which :meth:`logits` runs. Once it is built."""
+
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., V), with the family's own scaling and soft-capping."""

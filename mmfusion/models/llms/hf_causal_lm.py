@@ -239,8 +239,12 @@ class HFCausalLM(LLM):
         ):
             layer.compile(dynamic=True)
 
+    @property
+    def head(self) -> nn.Module:
+        return cast(nn.Module, self.model.get_output_embeddings())
+
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.head(hidden)
         config = self.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -266,8 +270,8 @@ def _stable_positions(config: Any) -> int | None:
 
 
 def _rows(table: nn.Module) -> int:
-    """Rows of an embedding, also where PEFT wraps it."""
-    return len(cast(nn.Embedding, getattr(table, "base_layer", table)).weight)
+    """Rows of an embedding, also where PEFT wraps it, and where its weight is sharded."""
+    return cast(nn.Embedding, getattr(table, "base_layer", table)).num_embeddings
 
 
 def _check_shape(llm: HFCausalLM) -> None:
