@@ -49,6 +49,7 @@ from mmfusion.training.recipe_parser import (
 from mmfusion.training.resume import complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
 from mmfusion.training.stored_parts import use_features
+from mmfusion.training.strategies.zero import ZeRO
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class RecipeCommand(LightningCLI):
             trainer = L.Trainer(**given)
         except (MisconfigurationException, TypeError) as error:
             raise RecipeError(f"the recipe's trainer cannot be made: {error}") from error
-        if isinstance(given.get("strategy"), str) and hasattr(trainer.strategy, "_timeout"):
+        if isinstance(given.get("strategy"), str | ZeRO) and hasattr(trainer.strategy, "_timeout"):
             trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
         return trainer
 

@@ -274,7 +274,7 @@ class MultimodalModule(L.LightningModule):
         bad samples only). Refuse one whose gradients are not finite: they are the ranks' mean by
         now, so every rank refuses it.
         """
-        if not any(self._count(name) for name in self.objectives):
+        if not self.step_has_targets:
             optimizer.zero_grad()  # momentum and decay would move them
             return
         norm = torch.nn.utils.get_total_norm(
@@ -282,12 +282,20 @@ class MultimodalModule(L.LightningModule):
         )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         skips = scaler is not None and scaler.get_scale() >= 1  # fp16 skips steps by itself
-        if skips or torch.isfinite(norm):
-            return
+        if not (skips or torch.isfinite(norm)):
+            raise self.not_finite()
+
+    @property
+    def step_has_targets(self) -> bool:
+        """Whether any rank has something to learn in this optimizer step."""
+        return any(bool(self._count(name)) for name in self.objectives)
+
+    def not_finite(self) -> FloatingPointError:
+        """What to raise where a step's gradients are not finite."""
         names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
         shown = "\n  ".join([*names[:32], *([f"and {len(names) - 32} more"] if names[32:] else [])])
         parts = {name: float(value) for name, value in self._step_losses.items()}
-        raise FloatingPointError(
+        return FloatingPointError(
             f"the gradients of optimizer step {self.global_step} are not finite (on rank "
             f"{self.global_rank} the losses are {parts}); no weight was changed by this step. "
             "Lower the learning rate, set trainer.gradient_clip_val, or look at its samples:\n  "

@@ -1,0 +1,207 @@
+"""DeepSpeed's ZeRO on two CPU processes over gloo trains as one process does, also where a rank
+has no pictures to make, or no media at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.loggers import read_metrics
+from mmfusion.training.resume import by_step
+from mmfusion.training.run import RunDirectory
+from tests.training import jobs
+from tests.training.pictures import FULL, NEW, objective, prepare, recipe
+from tests.training.tiny import HERE, TINY, losses, recorded, refused, write_recipe
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
+ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
+# All weights of a tiny model are below DeepSpeed's threshold, and would not be divided.
+DIVIDED = "--trainer.strategy.options={stage3_param_persistence_threshold: 0}"
+CONVERTER = {"class_path": f"{HERE}.TinyConverter"}
+
+
+def zero(stage: int) -> list[str]:
+    return [ZERO, f"--trainer.strategy.stage={stage}", *([DIVIDED] if stage == 3 else [])]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("zero"))
+
+
+@pytest.fixture(scope="module")
+def mixed(home: Path) -> Path:
+    """Stage 2 with pictures that are seen, pictures that are made, and words alone; packs of about
+    one sample.
+    """
+    seen = {"shards": f"{home}/train-*.tar", "converter": CONVERTER, "weight": 2}
+    sources = {"train": seen} | yaml.safe_load(recipe(home).read_text())["data"]["sources"]
+    return recipe(
+        home,
+        model__encoders={"image": {"class_path": f"{TINY}.TinyEncoder"}},
+        model__input_projectors={"image": {"class_path": f"{HERE}.DropoutProjector"}},
+        model__tuning={"input_projectors": FULL, "output_projectors": FULL, "llm": NEW},
+        model__objectives={
+            "next_token": {
+                "class_path": "mmfusion.objectives.next_token.NextToken",
+                "init_args": {"chunk": 8},  # another number of chunks on each rank
+            },
+            "align": objective("align", contrastive=0.5),
+            "denoise": objective("denoise", drop_condition=0.2),
+        },
+        trainer__max_steps=STEPS,
+        checkpoint__every_n_steps=3,
+        data__seed=4,  # see the last lines of the first test
+        data__sources=sources,
+        data__val_sources=sources,
+        data__val_limit=5,
+        data__pack_tokens=24,
+        data__packs_per_micro_batch=1,
+        val_every_n_steps=STEPS,
+        validation={"generate_samples": 0, "table_samples": 0},
+    )
+
+
+def run(home: Path, path: Path, name: str, world: int, *options: str) -> Path:
+    """A whole run; where ranks wait for one another it fails after a minute."""
+    recorder = {
+        "class_path": "tests.training.tiny.Recorder",
+        "init_args": {"folder": f"{home}/{name}-packs"},
+    }
+    args = ["fit", "-c", str(path), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
+    args += [f"--trainer.callbacks=[{recorder}]", f"--trainer.devices={world}", *options]
+    log = home / f"{name}.log"
+    codes = jobs.run_ranks(args, log, world) if options else [jobs.run(args, log)]
+    assert set(codes) == {0}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
+    return home / name
+
+
+def figures(path: Path) -> list[dict[str, float]]:
+    """Losses of each step, then what the validation found."""
+    rows = read_metrics(path / "metrics.csv")
+    found = [{key: row[key] for key in NAMES if key in row} for row in rows if NAMES[0] in row]
+    (last,) = [row for row in rows if "val/loss" in row]
+    return [*found, {key: value for key, value in last.items() if key.startswith("val/")}]
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path, mixed: Path) -> Path:
+    return run(home, mixed, "alone", 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_without_media_changes_nothing(home, mixed, alone, stage):
+    together = run(home, mixed, f"zero{stage}", 2, *zero(stage))
+    ours, theirs = figures(alone), figures(together)
+    assert len(ours) == STEPS + 1
+    for one, two in zip(ours, theirs, strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    assert {"val/cosine/image", "val/denoising/image/ours", "val/denoise"} <= set(ours[-1])
+    made, seen = media(home / f"zero{stage}-packs")
+    assert lacking(made) - lacking({key: made[key] + seen[key] for key in made})
+    assert lacking({key: made[key] + seen[key] for key in made})
+
+
+def media(folder: Path) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+    """By step and rank: pictures to make, and micro-batches with pictures to see."""
+    rows = recorded(folder)
+    made = {(row["step"], row["rank"]): 0 for row in rows}
+    seen = dict(made)
+    for row in rows:
+        made[row["step"], row["rank"]] += sum(sample[0] == "pairs" for sample in row["samples"])
+        seen[row["step"], row["rank"]] += "image" not in row["idle"]
+    return made, seen
+
+
+def lacking(counts: dict[tuple[int, int], int]) -> set[int]:
+    """Steps in which one rank has none, and the other has some."""
+    return {step for step, _ in counts if bool(counts[step, 0]) != bool(counts[step, 1])}
+
+
+def test_a_checkpoint_is_that_of_one_process(home, alone):
+    """Weights, optimizer and all."""
+    whole = read_checkpoint(by_step(alone / "checkpoints")[-1])
+    for stage in (2, 3):
+        divided = read_checkpoint(by_step(home / f"zero{stage}" / "checkpoints")[-1])
+        assert set(divided) == set(whole)
+        assert set(divided["state_dict"]) == set(whole["state_dict"])
+        one, two = (found["optimizer_states"][0] for found in (whole, divided))
+        for ours, theirs in zip(one["param_groups"], two["param_groups"], strict=True):
+            assert theirs == ours
+        torch.testing.assert_close(two["state"], one["state"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("before", "stage"), [(2, 3), (3, 2)])
+def test_a_run_goes_on_in_another_stage(home, mixed, alone, before, stage):
+    start = home / f"zero{before}" / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt"
+    options = [*zero(stage), f"--resume={start}", f"--val_every_n_steps={STEPS + 1}"]
+    rest = losses(RunDirectory(run(home, mixed, f"on{stage}", 2, *options)))
+    expected = losses(RunDirectory(alone))
+    assert sorted(rest) == [*range(STEPS // 2, STEPS)]
+    for step, loss in rest.items():
+        assert float(loss) == pytest.approx(float(expected[step]), rel=1e-5)
+
+
+def test_a_step_without_targets_moves_neither_weights_nor_momentum(home):
+    """Accumulated over two micro-batches, with clipping and LoRA."""
+    path = write_recipe(
+        home,
+        trainer__max_steps=400,
+        model__schedule={"warmup_steps": 0},
+        data__epochs=1,
+        data__sources={"train": {"shards": f"{home}/val-*.tar", "converter": CONVERTER}},
+        data__pack_tokens=24,
+        data__lanes=5,  # of 12 samples: some are used up first
+        data__packs_per_step=2,
+        data__packs_per_micro_batch=1,
+        checkpoint__every_n_steps=1,
+    )
+    plain, divided = run(home, path, "plain", 1), run(home, path, "divided", 1, *zero(3))
+    ours, theirs = (losses(RunDirectory(path)) for path in (plain, divided))
+    one, two = (read_checkpoint(by_step(path / "checkpoints")[-1]) for path in (plain, divided))
+    assert one["global_step"] == two["global_step"] == 6
+    assert set(ours) == {0, 1, 2, 3, 5}
+    assert {k: float(x) for k, x in theirs.items()} == pytest.approx(
+        {k: float(x) for k, x in ours.items()}, rel=1e-5
+    )
+    states = (found["optimizer_states"][0]["state"] for found in (two, one))
+    torch.testing.assert_close(*states, atol=1e-6, rtol=1e-4)
+
+
+def refused_by(home: Path, name: str, *args: str) -> str:
+    """What is said by a process of its own that does not go on."""
+    log = home / f"{name}.log"
+    assert jobs.run_ranks([*args, f"--run_dir={home}/{name}"], log, 1) == [1]
+    return log.with_suffix(".0").read_text()
+
+
+def test_gradients_that_are_not_finite_are_refused(home):
+    broken = {
+        "class_path": f"{HERE}.NotANumber",
+        "init_args": {"from_step": 3, "gradient_only": True},
+    }
+    path = write_recipe(home, model__objectives={"next_token": broken}, checkpoint__every_n_steps=1)
+    said = refused_by(home, "broken", "fit", "-c", str(path), *zero(2))
+    assert "gradients of optimizer step 1 are not finite" in said
+    assert [p.name for p in by_step(home / "broken" / "checkpoints")] == ["step-00000001.ckpt"]
+
+
+def test_what_cannot_be_done_under_zero_is_refused(home, mixed, alone, capsys):
+    said = refused(
+        capsys, mixed, *zero(2), "--trainer.precision=bf16-mixed", f"--run_dir={home}/half"
+    )
+    assert "trainer.precision is bf16-mixed; ZeRO trains in 32-true" in said
+    asks = ["fit", "-c", str(mixed), *zero(3), "--validation.table_samples=2"]
+    assert "'table_samples': 2" in refused_by(home, "asks", *asks)
+    recipe = yaml.safe_load(mixed.read_text()) | {"run_dir": str(alone)}
+    again = home / "again.yaml"
+    again.write_text(yaml.safe_dump(recipe))
+    said = refused_by(home, "validates", "validate", "-c", str(again), "--resume=none", *zero(3))
+    assert "ZeRO, which only trains" in said
