@@ -41,7 +41,13 @@ def panel(medium: Media) -> np.ndarray:
 def main(run: Path) -> None:
     """Ask, in the order of the held-out requests, and draw what is made."""
     chat = load(run)
-    items = read_held_out(data_of(run).val_sources["requests"])
+    sources = data_of(run).val_sources
+    items = [
+        item
+        for name, source in sources.items()
+        if name.endswith("_requests")
+        for item in read_held_out(source)
+    ]
     figure = plt.figure(figsize=(12, 7))
     rows = sum(SHOWN[name] // PER_ROW[name] for name in SHOWN)
     grid, row = figure.add_gridspec(rows, 8, hspace=0.5), 0

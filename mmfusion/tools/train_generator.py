@@ -98,6 +98,8 @@ class SmallGenerator:
         denoiser: how long the denoiser and the text encoder are.
         words: vocabulary of the text encoder.
         divergence: weight of the divergence of the VAE's latents from a normal distribution.
+        condition_noise: standard deviation of noise on the text encodings that the denoiser learns
+            from: it then bears conditioning that is near them, but not quite they.
         seed: of weights, order and noise.
 
     Attributes:
@@ -116,9 +118,12 @@ class SmallGenerator:
         denoiser: Effort,
         words: int = 512,
         divergence: float = 3e-5,
+        condition_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.divergence = divergence
+        if condition_noise < 0:
+            raise ValueError(f"condition_noise is {condition_noise}; expected 0 or more.")
+        self.divergence, self.condition_noise = divergence, condition_noise
         self.make, self.pipeline, self.components = generator, pipeline, components
         self.source, self.words, self.seed = source, words, seed
         self.autoencoder, self.denoiser = autoencoder, denoiser
@@ -148,7 +153,10 @@ class SmallGenerator:
         if generator.components["denoiser"].folder not in parts.done:
             mean, std = moments(generator, tensors)
             items = {"mean": mean, "std": std, "index": torch.arange(len(media))}
-            parts.train(DenoiserFit(self.denoiser, generator, captions), items)
+            fit = DenoiserFit(
+                self.denoiser, generator, captions, condition_noise=self.condition_noise
+            )
+            parts.train(fit, items)
 
 
 class Parts:

@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,6 +159,9 @@ class DenoiserFit(GeneratorFit):
         generator: it is built.
         captions: of all items.
         unnamed: share of the captions that are left out.
+        condition_noise: standard deviation of noise on what the denoiser is told, so that it bears
+            conditioning that comes near a caption's encoding but is not quite it (conditioning
+            augmentation, arXiv:2106.15282).
     """
 
     def __init__(
@@ -167,9 +170,11 @@ class DenoiserFit(GeneratorFit):
         generator: TrainablePipeline,
         captions: Sequence[str],
         unnamed: float = 0.1,
+        condition_noise: float = 0.0,
     ) -> None:
         super().__init__(effort, generator, ["denoiser", "text_encoder"])
         self.captions, self.unnamed = list(captions), unnamed
+        self.condition_noise = condition_noise
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Of ``mean`` and ``std`` of M targets' latents, and ``index`` among the captions."""
@@ -178,7 +183,11 @@ class DenoiserFit(GeneratorFit):
         left_out = torch.rand(len(index)) < self.unnamed
         said = ["" if none else self.captions[i] for i, none in zip(index, left_out, strict=True)]
         keys = torch.randint(0, 2**62, (len(index),)).tolist()
-        return self.generator.denoising_loss(latents, self.generator.encode_text(said), keys).mean()
+        told = self.generator.encode_text(said)
+        if self.condition_noise:
+            noise = self.condition_noise * torch.randn_like(told.tokens)
+            told = replace(told, tokens=told.tokens + noise)
+        return self.generator.denoising_loss(latents, told, keys).mean()
 
 
 def run_fit(fit: Fit, items: Mapping[str, Tensor], log_dir: Path, seed: int) -> None:

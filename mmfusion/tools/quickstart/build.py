@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -28,9 +30,12 @@ CLIPS_PER_PICTURE = {"train": 4, "val": 2}
 MOVING, NEW_MOTIONS = 32, 2
 """Pictures that move in the clips of the generator of video, and motions of each that are held out.
 """
+WAYS = {"picture": 1, "sound": 1, "clip": 6}
+"""In how many ways a thing of training is asked for: there are few clips."""
+
 SOUNDS_OF_A_KIND = {"train": 160, "val": 16}
 
-_SOURCE_FILES = (concepts, datasets, pictures, sources, talks)
+_SOURCE_FILES = (concepts, datasets, pictures, sources, talks, sys.modules[__name__])
 
 
 def build_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> dict[str, Any]:
@@ -79,29 +84,33 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
     sounds = list(datasets.named_sounds(soundfont / "TimGM6mb.sf2", SOUNDS_OF_A_KIND))
     # Nothing but the motion tells the captions of a thing apart.
     clips = list(datasets.new_motions(_moving(stamps), NEW_MOTIONS, _shown(stamps)))
-    things = [
-        *requests.things(drawings, "image", "png"),
-        *requests.things(sounds, "audio", "flac"),
-        *requests.things(clips, "video", "mp4"),
-    ]
+    things = {
+        "picture": list(requests.things(drawings, "image", "png")),
+        "sound": list(requests.things(sounds, "audio", "flac")),
+        "clip": list(requests.things(clips, "video", "mp4")),
+    }
     sets: dict[str, Iterable[Entry]] = {
         "drawings": drawings,
         "sounds": sounds,
         "clips": clips,
-        "requests": requests.requests(things),
-        "remakes": requests.remakes(things),
-        "words": requests.words(things, stamps),
+        **{
+            f"{name}_requests": requests.requests(group, WAYS[name])
+            for name, group in things.items()
+        },
+        "picture_remakes": requests.remakes(things["picture"]),
+        "clip_remakes": requests.remakes(things["clip"], WAYS["clip"]),
+        "words": requests.words(chain.from_iterable(things.values()), stamps),
     }
     manifest = {name: write_set(out / name, entries) for name, entries in sets.items()}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def _moving(stamps: Sequence[Picture]) -> list[Picture]:
-    """Some with short captions of their own; none that understanding is measured on."""
+    """Some that one word names, of their own captions; none that understanding is measured on."""
     short = {
         stamp.caption: stamp
         for stamp in sorted(stamps, key=lambda stamp: fraction(f"clip {stamp.name}"))
-        if split_of(stamp.concept) == "train" and len(stamp.caption.split()) <= 4
+        if split_of(stamp.concept) == "train" and re.fullmatch(r"An? [a-z]+\.?", stamp.caption)
     }
     return list(short.values())[:MOVING]
 

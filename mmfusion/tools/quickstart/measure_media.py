@@ -96,11 +96,11 @@ def measure_media(
     """
     data, chat, limit = data_of(run), load(run), sizes.requests
     print("   requests in new words, and questions that words answer", flush=True)
-    asked = _per_modality(read_held_out(data.val_sources["requests"]), limit)
+    asked = _of_kind(data.val_sources, "requests", limit)
     in_words = read_held_out(data.val_sources["words"], limit)
     in_words += [_first_turn(item) for item in read_held_out(data.val_sources["talks"], limit)]
     said = answers(chat, [*asked, *in_words])
-    remade = answers(chat, _per_modality(read_held_out(data.val_sources["remakes"]), limit // 2))
+    remade = answers(chat, _of_kind(data.val_sources, "remakes", limit // 2))
     print("   conditioning against the captions' own", flush=True)
     figures: Figures = {
         "right": right_figures(said, judges, RIGHT_BOUNDS),
@@ -134,11 +134,10 @@ def understanding(
     return found
 
 
-def _per_modality(items: Sequence[HeldOut], limit: int) -> list[HeldOut]:
-    groups: dict[str, list[HeldOut]] = defaultdict(list)
-    for item in items:
-        groups[item.about["modality"]].append(item)
-    return [item for name in sorted(groups) for item in groups[name][:limit]]
+def _of_kind(sources: Mapping[str, Source], kind: str, limit: int) -> list[HeldOut]:
+    """The first of each source that is named so: ``picture_requests``, ``clip_requests``."""
+    names = [name for name in sources if name.endswith(f"_{kind}")]
+    return [item for name in names for item in read_held_out(sources[name], limit)]
 
 
 def _first_turn(item: HeldOut) -> HeldOut:

@@ -112,19 +112,23 @@ def things(entries: Iterable[Entry], modality: str, extension: str) -> Iterator[
         yield Thing(entry.split, entry.key, modality, caption, extension, data, about)
 
 
-def requests(things: Iterable[Thing]) -> Iterator[Entry]:
-    """Each thing asked for in one way; what is held out, in new words. Half of the answers say what
-    they show.
+def requests(things: Iterable[Thing], ways: int = 1) -> Iterator[Entry]:
+    """Each thing asked for in so many ways; what is held out in one, in new words. Half of the
+    answers say what they show.
     """
     for thing in things:
-        ways = (REQUESTS if thing.split == "train" else NEW_REQUESTS)[thing.modality]
-        asked = _chosen(ways, f"request for {thing.key}").format(thing=thing.words)
-        yield _asked(thing, f"ask-{thing.key}", asked, source=f"asks-{thing.modality}")
+        trained = thing.split == "train"
+        options = (REQUESTS if trained else NEW_REQUESTS)[thing.modality]
+        chosen = _turned(options, f"request for {thing.key}")[: ways if trained else 1]
+        for number, way in enumerate(chosen):
+            asked = way.format(thing=thing.words)
+            source = f"asks-{thing.modality}"
+            yield _asked(thing, _key("ask", thing, number), asked, source=source)
 
 
-def remakes(things: Sequence[Thing]) -> Iterator[Entry]:
+def remakes(things: Iterable[Thing], ways: int = 1) -> Iterator[Entry]:
     """A picture of a shape and the wish for it in another color; a clip of something and the wish
-    for another motion.
+    for another motion. Each is remade into at most so many others, what is held out into one.
     """
     groups: dict[tuple[str, str], list[Thing]] = defaultdict(list)
     for thing in things:
@@ -133,11 +137,12 @@ def remakes(things: Sequence[Thing]) -> Iterator[Entry]:
     for group in groups.values():
         for thing in group:
             others = [other for other in group if other.caption != thing.caption]
-            if others:
-                yield _remake(thing, _chosen(others, f"remake of {thing.key}"))
+            chosen = _turned(others, f"remake of {thing.key}")
+            for number, other in enumerate(chosen[: ways if thing.split == "train" else 1]):
+                yield _remake(thing, other, _key("remake", thing, number))
 
 
-def _remake(thing: Thing, wanted: Thing) -> Entry:
+def _remake(thing: Thing, wanted: Thing, key: str) -> Entry:
     if thing.modality == "image":
         asked = f"Draw the same shape in {wanted.words.split()[1]}."
     else:
@@ -148,7 +153,7 @@ def _remake(thing: Thing, wanted: Thing) -> Entry:
         {"type": thing.modality, thing.modality: f"given.{thing.extension}"},
         {"type": "text", "text": f"\n{asked}"},
     ]
-    return _asked(wanted, f"remake-{thing.key}", content, given, source=f"remakes-{thing.modality}")
+    return _asked(wanted, key, content, given, source=f"remakes-{thing.modality}")
 
 
 def _shape(caption: str) -> str:
@@ -253,4 +258,14 @@ _QUESTIONS = {"image": _about_shape, "audio": _about_sound, "video": _about_clip
 
 
 def _chosen(options: Sequence[Any], why: str) -> Any:
-    return options[int(fraction(why) * len(options))]
+    return _turned(options, why)[0]
+
+
+def _turned(options: Sequence[Any], why: str) -> Sequence[Any]:
+    """All of them, beginning anywhere."""
+    first = int(fraction(why) * len(options))
+    return [*options[first:], *options[:first]]
+
+
+def _key(what: str, thing: Thing, number: int) -> str:
+    return f"{what}-{thing.key}" + (f"-{number}" if number else "")

@@ -91,6 +91,19 @@ def test_held_out_things_are_asked_for_in_new_words() -> None:
     assert asked.text in [way.format(thing="a red circle") for way in NEW_REQUESTS["image"]]
 
 
+def test_what_is_trained_is_asked_for_in_several_ways_where_that_is_wished() -> None:
+    made = [*requests([*shapes()[:3], thing("A red circle.", "image", "val")], ways=4)]
+    assert Counter(
+        json.loads(entry.record["json"])["caption"] for entry in made if entry.split == "train"
+    ) == dict.fromkeys([one.caption for one in shapes()[:3]], 4)
+    assert len(made) == 3 * 4 + 1
+    texts = [str(sample(entry).messages[0].content[0]) for entry in made]
+    assert len(set(texts)) == len({entry.key for entry in made}) == len(made)
+    remade = [*remakes(clips(), ways=2)]
+    asked = {(entry.key, sample(entry).targets[0].caption) for entry in remade}
+    assert len(asked) == len({key for key, _ in asked}) == len(remade) > len(clips())
+
+
 def test_a_remake_keeps_the_shape_or_the_subject() -> None:
     made = [sample(entry) for entry in remakes([*shapes(), *clips(), *shapes("val")])]
     assert len(made) == len([*shapes(), *clips(), *shapes("val")])
