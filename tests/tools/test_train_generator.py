@@ -246,3 +246,34 @@ def test_training_lowers_both_losses(trained: Path) -> None:
         losses.append(last.loss(latents).item())
         run_fit(last, latents, trained.parent, 0)
     assert losses[1] < 0.9 * losses[0]
+
+
+def test_the_denoiser_is_told_captions_with_noise_of_the_given_size(trained: Path) -> None:
+    generator = StableDiffusion(str(trained))
+    generator.build(PARTS)
+    mean = torch.randn(8, 4, 8, 8)
+    latents = {"mean": mean, "std": torch.zeros_like(mean), "index": torch.arange(8)}
+
+    def away(noise: float) -> float:
+        captions = [f"a {i}" for i in range(8)]
+        fit = DenoiserFit(Effort(1, 8, 1e-3), generator, captions, 0.0, condition_noise=noise)
+        torch.manual_seed(1)
+        told: list[torch.Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+
+            def denoising_loss(_: object, given: Any, keys: list[int]) -> torch.Tensor:
+                told.append(given.tokens)
+                return given.tokens.sum()
+
+            patch.setattr(generator, "denoising_loss", denoising_loss)
+            fit.loss(latents)
+        exact = generator.encode_text(captions).tokens
+        return float((told[0] - exact).detach().square().mean().sqrt())
+
+    assert away(0.0) == 0.0
+    assert away(0.3) == pytest.approx(0.3, rel=0.1)
+
+
+def test_less_than_no_noise_is_refused(recipe: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"condition_noise is -1.0; expected 0 or more"):
+        train(tmp_path / "image", recipe, "--condition_noise=-1")
