@@ -141,7 +141,7 @@ def test_a_checkpoint_is_that_of_one_process(home, alone):
 @pytest.mark.parametrize(("before", "stage"), [(2, 3), (3, 2)])
 def test_a_run_goes_on_in_another_stage(home, mixed, alone, before, stage):
     start = home / f"zero{before}" / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt"
-    options = [*zero(stage), f"--resume={start}", f"--val_every_n_steps={STEPS + 1}"]
+    options = [*zero(stage)[:2], f"--resume={start}", f"--val_every_n_steps={STEPS + 1}"]
     rest = losses(RunDirectory(run(home, mixed, f"on{stage}", 2, *options)))
     expected = losses(RunDirectory(alone))
     assert sorted(rest) == [*range(STEPS // 2, STEPS)]
@@ -198,6 +198,8 @@ def test_what_cannot_be_done_under_zero_is_refused(home, mixed, alone, capsys):
         capsys, mixed, *zero(2), "--trainer.precision=bf16-mixed", f"--run_dir={home}/half"
     )
     assert "trainer.precision is bf16-mixed; ZeRO trains in 32-true" in said
+    half = ["fit", "-c", str(mixed), *zero(3), "--model.llm.init_args.dtype=bfloat16"]
+    assert "parameters are in half precision" in refused_by(home, "halves", *half)
     asks = ["fit", "-c", str(mixed), *zero(3), "--validation.table_samples=2"]
     assert "'table_samples': 2" in refused_by(home, "asks", *asks)
     recipe = yaml.safe_load(mixed.read_text()) | {"run_dir": str(alone)}

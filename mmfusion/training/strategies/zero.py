@@ -123,6 +123,7 @@ class ZeRO(DeepSpeedStrategy):
         for owner, name in self._frozen:
             owner.get_submodule(name).to(self.root_device)
         with _left_out(self._frozen):
+            _refuse_half(model)
             engine, optimizer, _, _ = deepspeed.initialize(
                 config=self.config,
                 model=model,
@@ -137,9 +138,10 @@ class ZeRO(DeepSpeedStrategy):
                     del hooks[key]
             kept = {p: None for m in whole for p in m.parameters(recurse=False)}
             self._whole: list[Any] = [p for p in kept if hasattr(p, "ds_id")]
+            known = set(optimizer.persistent_parameters)  # what is small, DeepSpeed keeps by itself
             for parameter in self._whole:
                 parameter.ds_persist = True  # gathered after each step, and never given away
-            optimizer.persistent_parameters += self._whole
+            optimizer.persistent_parameters += [p for p in self._whole if p not in known]
             self._gather_whole()
         return engine, optimizer
 
@@ -267,10 +269,25 @@ class ZeRO(DeepSpeedStrategy):
 
 
 class _Precision(DeepSpeedPrecision):
-    """Batches come as the parts want them, and hold values that cannot be rebuilt."""
+    """Parts and batches stay as they are: each part has its own precision, and batches hold values
+    that cannot be rebuilt.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+
+def _refuse_half(model: nn.Module) -> None:
+    """DeepSpeed computes in one precision, whatever a part is kept in."""
+    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.half)]
+    if half:
+        raise ValueError(
+            f"{len(half)} parameters are in half precision ({half[0]}, ...); ZeRO trains in fp32 "
+            "so far. Set dtype: float32 of the LLM and of parts that train."
+        )
 
 
 def whole_modules(module: MultimodalModule) -> list[nn.Module]:
