@@ -160,18 +160,8 @@ class Reader:
                 return self._bad(ref, error)
 
     def _bad(self, ref: SampleRef, error: DataError) -> BadSample:
-        shard, key = self._where(ref)
+        shard, key = self._sources[ref.source].shards.where(ref.index)
         return BadSample(ref.source, ref.epoch, ref.index, shard, key, error.reason, str(error))
-
-    def _where(self, ref: SampleRef) -> tuple[str, str]:
-        """(shard, key); the key is the sample's number where the record itself is unusable."""
-        shards = self._sources[ref.source].shards
-        try:
-            _, shard, key = shards.read(ref.index)
-        except DataError:
-            shard, number = shards.locate(ref.index)
-            return shard, f"#{number}"
-        return shard, key
 
 
 def _size(sample: Sample) -> int:

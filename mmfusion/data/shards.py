@@ -114,6 +114,16 @@ class Shards:
             "checkpoint once the file can be read as it was."
         ) from failure
 
+    def where(self, i: int) -> tuple[str, str]:
+        """Path of the shard of sample ``i`` and its key, for messages; where the record itself is
+        unusable, its number in the shard.
+        """
+        try:
+            return self.read(i)[1:]
+        except DataError:
+            shard, number = self.locate(i)
+            return shard, f"#{number}"
+
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a source with {len(self)} samples")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from mmfusion.data.source import Source
 from mmfusion.data.whole_file import write_whole
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
 from mmfusion.models.generators.trainable import TrainablePipeline
-from mmfusion.models.generators.untrained import write_untrained
+from mmfusion.models.generators.untrained import check_untrained, write_untrained
 from mmfusion.paths import expand
+from mmfusion.processing.base import MediaProcessor
 from mmfusion.training.generator_fits import (
     AutoencoderFit,
     DenoiserFit,
@@ -30,9 +31,12 @@ from mmfusion.training.generator_fits import (
     moments,
     run_fit,
 )
-from mmfusion.types import DataError, Media
+from mmfusion.types import DataError, Media, MediaTensors
 
 STATE = "training.json"
+MAX_BAD = 0.05
+"""Most samples that may be unusable, as data.max_bad_fraction has it."""
+MOST_LISTED = 20
 
 
 def train_generator(
@@ -121,6 +125,7 @@ class SmallGenerator:
         condition_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
+        check_untrained(pipeline, components, words)
         if condition_noise < 0:
             raise ValueError(f"condition_noise is {condition_noise}; expected 0 or more.")
         self.divergence, self.condition_noise = divergence, condition_noise
@@ -138,23 +143,21 @@ class SmallGenerator:
         """Fill a folder, or go on where it was left."""
         if _state(folder).get("origin") != self.origin:
             shutil.rmtree(folder, ignore_errors=True)
-        media = list(read_media(self.source))
-        captions = [item.words for item in media]
+        examples = Examples(self.source)
         if not folder.exists():
-            write_untrained(folder, self.pipeline, self.components, captions, self.words)
+            write_untrained(folder, self.pipeline, self.components, examples.captions, self.words)
             _save_state(folder, self.origin, [])
         parts = Parts(self.make, folder, self.origin, self.seed)
         generator = parts.built(VAE)
-        processor: Any = generator.target_processor()
-        tensors = processor.collate([processor(item) for item in tqdm(media, "decode")])
+        tensors = examples.decoded(generator.target_processor())
         if "vae" not in parts.done:
             parts.train(AutoencoderFit(self.autoencoder, generator, self.divergence), tensors)
         generator = parts.built(VAE, DENOISER, TEXT_ENCODER)  # its latents have their scale now
         if generator.components["denoiser"].folder not in parts.done:
             mean, std = moments(generator, tensors)
-            items = {"mean": mean, "std": std, "index": torch.arange(len(media))}
+            items = {"mean": mean, "std": std, "index": torch.arange(len(mean))}
             fit = DenoiserFit(
-                self.denoiser, generator, captions, condition_noise=self.condition_noise
+                self.denoiser, generator, examples.captions, condition_noise=self.condition_noise
             )
             parts.train(fit, items)
 
@@ -198,18 +201,76 @@ class Parts:
         _save_state(self.folder, self.origin, [*self.done, *fit.trained])
 
 
-def read_media(source: Source) -> Iterator[Media]:
-    """The answers' media, each with a caption.
+class Examples:
+    """The media of a source's answers, each with a caption. Samples that cannot be used are left
+    out, and named.
+
+    Args:
+        source: conversations.
+
+    Attributes:
+        media: of the samples that can be used.
+        bad: ``shard key: reason`` of the others.
 
     Raises:
-        DataError: for a sample without them.
+        ValueError: where too many are unusable, or none has media.
     """
-    for index in range(len(source)):
-        sample = source[index]
-        for media in sample.targets:
-            if not media.words:
-                raise DataError("no_caption", f"{sample.shard} {sample.key}: no caption.")
-            yield media
+
+    def __init__(self, source: Source) -> None:
+        self.media: list[Media] = []
+        self.bad: list[str] = []
+        self._places: list[str] = []
+        for index in range(len(source)):
+            try:
+                sample = source[index]
+                if not all(media.words for media in sample.targets):
+                    raise DataError("no_caption", "no caption.")
+            except DataError as error:
+                self.bad.append(f"{' '.join(source.shards.where(index))}: {error}")
+                continue
+            self.media += sample.targets
+            self._places += [f"{sample.shard} {sample.key}"] * len(sample.targets)
+        self._check()
+
+    @property
+    def captions(self) -> list[str]:
+        """Of the media."""
+        return [media.words for media in self.media]
+
+    def decoded(self, processor: MediaProcessor) -> MediaTensors:
+        """All media together, less those that cannot be decoded.
+
+        Args:
+            processor: of the generator's targets.
+        """
+        found, kept = [], []
+        for media, place in zip(tqdm(self.media, "decode"), self._places, strict=True):
+            try:
+                found.append(processor(media))
+                kept.append((media, place))
+            except DataError as error:
+                self.bad.append(f"{place}: {error}")
+        self.media, self._places = [media for media, _ in kept], [place for _, place in kept]
+        self._check()
+        if self.bad:
+            print(f"left out, for they cannot be used:\n{self._listed()}")
+        return processor.collate(found)
+
+    def _check(self) -> None:
+        count = len(self.bad) + len(self.media)
+        if len(self.bad) > MAX_BAD * count:
+            raise ValueError(
+                f"{len(self.bad)} of {count} samples are unusable, at most {MAX_BAD:.0%} may be:\n"
+                + self._listed()
+            )
+        if not self.media:
+            raise ValueError(
+                "no sample of the source has media in its answer; nothing to train on."
+            )
+
+    def _listed(self) -> str:
+        more = len(self.bad) - MOST_LISTED
+        return "\n".join(self.bad[:MOST_LISTED] + ([f"and {more} more"] if more > 0 else []))
 
 
 def _state(folder: Path) -> dict[str, Any]:

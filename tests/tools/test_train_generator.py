@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from mmfusion.data.converters.caption import Caption
+from mmfusion.data.converters.text_to_media import TextToMedia
+from mmfusion.data.source import Source
 from mmfusion.data.writer import ShardWriter
 from mmfusion.models.generators.base import PARTS, VAE, Sampling
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.generators.wan import Wan
 from mmfusion.tools.quickstart.pictures import encode_mp4
-from mmfusion.tools.train_generator import read_media, read_recipe, train_generator
+from mmfusion.tools.train_generator import Examples, read_recipe, train_generator
 from mmfusion.training.generator_fits import (
     AutoencoderFit,
     DenoiserFit,
@@ -94,8 +98,7 @@ def test_latents_have_unit_variance(trained: Path, recipe: str) -> None:
     generator = StableDiffusion(str(trained))
     generator.build({VAE})
     processor = generator.target_processor()
-    media = list(read_media(read_recipe(recipe).source))
-    mean, std = moments(generator, processor.collate([processor(item) for item in media]))
+    mean, std = moments(generator, Examples(read_recipe(recipe).source).decoded(processor))
     drawn = [generator.scaled(mean + std * torch.randn_like(mean)) for _ in range(20)]
     assert float(torch.stack(drawn).var()) == pytest.approx(1, rel=0.02)
 
@@ -116,8 +119,7 @@ def test_a_generator_of_clips_is_trained_alike(tmp_path: Path) -> None:
     generator = Wan(str(tmp_path / "video"), **tiny["generator"]["init_args"])
     generator.build(PARTS)
     processor = generator.target_processor()
-    media = list(read_media(read_recipe(file).source))
-    mean, std = moments(generator, processor.collate([processor(item) for item in media]))
+    mean, std = moments(generator, Examples(read_recipe(file).source).decoded(processor))
     scaled, axes = generator.scaled(mean), (0, 2, 3, 4)
     spread = generator.scaled(mean + std) - scaled
     torch.testing.assert_close(scaled.mean(axes), torch.zeros(8), atol=1e-3, rtol=0)
@@ -218,13 +220,80 @@ def test_a_class_that_is_no_model_is_refused(recipe: str, tmp_path: Path) -> Non
         train(tmp_path / "image", written(tmp_path / "bad.yaml", changed))
 
 
-def test_media_without_a_caption_are_refused(recipe: str, tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path / "train-%06d.tar")) as writer:
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32)).save(file, "png")
-        writer.write("a", {"png": file.getvalue(), "txt": b" "})
-    with pytest.raises(ValueError, match=r"caption|text"):
-        train(tmp_path / "image", recipe, f"--source.shards={tmp_path}/train-*.tar")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pipeline", "BananaPipeline", "pipeline is 'BananaPipeline'; expected the name of a"),
+        ("pipeline", "AutoencoderKL", "pipeline is 'AutoencoderKL'"),
+        ("words", 0, "words is 0; expected 259 or more"),
+        ("words", 258, "words is 258; expected 259 or more"),
+        (
+            "components.unet.attention_head_dims", 2,
+            r"components\.unet\.attention_head_dims is no setting of UNet2DConditionModel\. "
+            "Did you mean 'attention_head_dim'",
+        ),
+        ("components.text_encoder.hidden_sizes", 8, r"no setting of CLIPTextModel.*'hidden_size'"),
+        ("components.scheduler.banana", 8, r"components\.scheduler\.banana is no setting of DDIM"),
+        ("components.text_encoder", None, r"expected a text_encoder among them"),
+    ],
+)  # fmt: skip
+def test_what_diffusers_would_pass_over_is_refused_when_the_recipe_is_read(
+    recipe: str, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    changed = yaml.safe_load(Path(recipe).read_text())
+    place, (*above, last) = changed, key.split(".")
+    for name in above:
+        place = place[name]
+    place[last] = value
+    if value is None:
+        del place[last]
+    with pytest.raises(ValueError, match=message):
+        read_recipe(written(tmp_path / "bad.yaml", changed))
+
+
+def source_with(folder: Path, good: int, **bad: dict[str, bytes]) -> Source:
+    """Good samples, and others by their keys."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "png")
+    fine = {"png": file.getvalue(), "txt": b"a"}
+    with ShardWriter(str(folder / "train-%06d.tar")) as writer:
+        for i in range(good):
+            writer.write(f"{i:02d}", fine)
+        for key, members in bad.items():
+            writer.write(key, {**fine, **members})
+    prompts = {"image": ["{caption}"]}
+    return Source(f"{folder}/train-*.tar", TextToMedia(prompts=prompts))
+
+
+def test_few_unusable_samples_are_left_out_and_named(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_with(tmp_path, 38, bare={"txt": b" "}, torn={"png": b"x", "txt": b"torn"})
+    examples = Examples(source)
+    assert len(examples.captions) == 39
+    pixels = examples.decoded(StableDiffusion(str(trained)).target_processor())["pixels"]
+    assert len(pixels) == len(examples.captions) == 38
+    assert "torn" not in examples.captions
+    said = capsys.readouterr().out
+    assert re.search(rf"{tmp_path}/train-000000.tar bare: .*(caption|text)", said)
+    assert f"{tmp_path}/train-000000.tar torn: the " in said
+
+
+def test_many_unusable_samples_end_the_training_by_name(tmp_path: Path, trained: Path) -> None:
+    message = rf"1 of 19 samples are unusable, at most 5% may be:\n{tmp_path}/\S+/train-000000.tar "
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match=message + "bare: "):
+        Examples(source_with(tmp_path / "a", 18, bare={"txt": b""}))
+    (tmp_path / "b").mkdir()
+    examples = Examples(source_with(tmp_path / "b", 18, torn={"png": b"x"}))
+    with pytest.raises(ValueError, match=message + "torn: "):
+        examples.decoded(StableDiffusion(str(trained)).target_processor())
+
+
+def test_samples_without_media_in_the_answer_are_refused(tmp_path: Path) -> None:
+    source = source_with(tmp_path, 3)
+    with pytest.raises(ValueError, match="no sample of the source has media in its answer"):
+        Examples(Source(source.patterns, Caption()))
 
 
 def test_training_lowers_both_losses(trained: Path) -> None:

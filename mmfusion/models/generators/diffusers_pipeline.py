@@ -142,7 +142,8 @@ class DiffusersPipeline(Generator):
                 if hasattr(kind, "config_class")
                 else kind.from_config(config)
             )
-            return made if self.dtype == torch.float32 else made.to(self.dtype)
+            # diffusers' own `to` warns of modules to keep in fp32, also where there are none
+            return made if self.dtype == torch.float32 else nn.Module.to(made, self.dtype)
         with reading(Path(self.path) / component.folder):
             model, info = kind.from_pretrained(
                 self.path,

@@ -4,6 +4,8 @@ tokenizer that is made from captions.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +20,45 @@ from mmfusion.models.generators.diffusers_pipeline import INDEX
 from mmfusion.models.generators.griffin_lim import GriffinLim
 
 Components = Mapping[str, Mapping[str, Any]]
-PAD, START, END = "<pad>", "<start>", "<end>"
+PAD, START, END = SPECIAL = ("<pad>", "<start>", "<end>")
+LEAST_WORDS = len(SPECIAL) + 256
 _KINDS = (diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel)
+
+
+def check_untrained(pipeline: str, components: Components, words: int) -> None:
+    """Before anything is written.
+
+    Args:
+        pipeline: as :func:`write_untrained`.
+        components: likewise.
+        words: likewise.
+
+    Raises:
+        ValueError: for a class that is not theirs, a key that a class does not know (theirs would
+            go on with a default), or a vocabulary that does not hold what every text is made of.
+    """
+    kind = getattr(diffusers, pipeline, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(f"pipeline is {pipeline!r}; expected the name of a pipeline of diffusers.")
+    for name, given in components.items():
+        kind, config = _kind(name, given)
+        if issubclass(kind, transformers.PreTrainedModel):
+            known = dir(kind.config_class()) + list(kind.config_class.attribute_map)
+        else:
+            known = list(inspect.signature(kind).parameters)
+        if unknown := [key for key in config if key not in known]:
+            close = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"components.{name}.{unknown[0]} is no setting of {kind.__name__}.{hint}"
+            )
+    if "text_encoder" not in components:
+        raise ValueError(f"components are {[*components]}; expected a text_encoder among them.")
+    if words < LEAST_WORDS:
+        raise ValueError(
+            f"words is {words}; expected {LEAST_WORDS} or more: one for each byte, and "
+            f"{', '.join(SPECIAL)}."
+        )
 
 
 def write_untrained(
@@ -36,7 +75,7 @@ def write_untrained(
         words: size of its vocabulary.
 
     Raises:
-        ValueError: for a class that is no model or scheduler of theirs.
+        ValueError: as :func:`check_untrained`.
     """
     index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": _library(_TOKENIZER)}
     for name, given in components.items():
@@ -70,7 +109,7 @@ def tokenizer(captions: Iterable[str], words: int, longest: int | None = None) -
     made.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=words,
-        special_tokens=[PAD, START, END],
+        special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

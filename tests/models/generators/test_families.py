@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, Sampling
+from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.noise import FlowNoise, noise_schedule
 from mmfusion.models.generators.pixart import PixArt
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
@@ -66,6 +67,17 @@ def test_wan_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         index.write_text(json.dumps({**values, **change}))
         with pytest.raises(ValueError, match=r"is Wan 2\.2"):
             Wan(path, 16, 16, 5)
+
+
+def test_a_new_vae_in_bfloat16_is_made_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = StableDiffusion(tiny.save_stable_diffusion(tmp_path / "sd"), dtype="bfloat16")
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    generator.build({VAE}, pretrained=False)
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert generator.vae.dtype == torch.bfloat16
+    assert not caplog.records
 
 
 def test_pixart_takes_the_class_name_and_settings_of_old_pipelines(tmp_path: Path) -> None:
