@@ -139,7 +139,8 @@ def _run(name: str, args: list[str]) -> Any:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         tool = getattr(importlib.import_module(module), function)
-        result = auto_cli(tool, args=_spelled_out(tool, args), prog=f"mmfusion {name}")
+        words = _with_recipes(tool, _spelled_out(tool, args))
+        result = auto_cli(tool, args=words, prog=f"mmfusion {name}")
         sys.stdout.flush()  # a reader that is gone is noticed here, not when Python ends
         return result
     finally:
@@ -175,6 +176,33 @@ def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
         else:
             spelled.append(f"--{name}{equals}{value}")
     return spelled
+
+
+def _with_recipes(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """``-c A -c B``, as ``mmfusion fit`` takes recipes: the first is the tool's ``recipe``, where
+    that is not given by itself, and the others are among its ``overrides``.
+    """
+    options = inspect.signature(tool).parameters
+    if not {"recipe", "overrides"} <= options.keys():
+        return list(args)
+    required = sum(option.default is option.empty for option in options.values())
+    another = "--overrides+=--config="
+    found, rest = [], iter(args)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            found.append(another + (value if equals else next(rest, "")))
+            continue
+        found.append(arg)
+        if arg.startswith("--") and not equals and name.removeprefix("--") in options:
+            found += [value for value in [next(rest, None)] if value is not None]
+        elif not arg.startswith("-"):
+            required -= 1
+    recipes = [arg for arg in found if arg.startswith(another)]
+    if required > 0 and recipes:
+        found.remove(recipes[0])
+        found.insert(0, recipes[0].removeprefix(another))
+    return found
 
 
 def _fail(command: str, message: str, code: int) -> NoReturn:

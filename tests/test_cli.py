@@ -336,6 +336,41 @@ def test_keys_of_a_recipe_are_overrides_of_the_tools_that_take_them() -> None:
     assert _spelled_out(other, line) == line
 
 
+def test_tools_take_recipes_as_fit_does() -> None:
+    from mmfusion.cli import _spelled_out, _with_recipes
+
+    def tool(
+        recipe: str,
+        step: int,
+        fast: bool = False,
+        out: str = "",
+        overrides: list[str] | None = None,
+    ) -> None: ...
+
+    def other(recipe: str, config: str = "") -> None: ...
+
+    def spelled(*line: str) -> list[str]:
+        return _with_recipes(tool, _spelled_out(tool, line))
+
+    more = "--overrides+=--config=b"
+    assert spelled("a", "1", "-c", "b") == ["a", "1", more]
+    assert spelled("-c", "a", "-c", "b", "1") == ["a", more, "1"]
+    assert spelled("--out", "f", "--fast", "--config=a", "1", "--data.x=1", "--config", "b") == [
+        "a", "--out", "f", "--fast=true", "1", "--overrides+=--data.x=1", more,
+    ]  # fmt: skip
+    assert spelled("--out=f", "a", "1") == ["--out=f", "a", "1"]
+    assert spelled("1", "-c") == ["", "1"]
+    assert _with_recipes(other, ["a", "--config", "b"]) == ["a", "--config", "b"]
+
+
+def test_a_recipe_of_two_files_is_given_to_tools(recipe, home, capsys):
+    (home / "more.yaml").write_text("data: {packs_per_step: 3}\n")
+    main(["data", "at-step", "-c", str(recipe), "-c", str(home / "more.yaml"), "1"])
+    assert "pack 5 " in capsys.readouterr().out
+    main(["describe", str(recipe), "-c", str(home / "more.yaml")])
+    assert "Parts" in capsys.readouterr().out
+
+
 def test_flags_of_tools_need_no_value() -> None:
     from mmfusion.cli import _spelled_out
 

@@ -30,7 +30,7 @@ def at_step(
     packs_per_step was changed on the way).
 
     Args:
-        recipe: the run's recipe, or its run directory.
+        recipe: the run's recipe, or its run directory; of several files, -c A -c B.
         step: the optimizer step, counted from 0.
         checkpoint: a checkpoint of the run at or before this step; of a run directory, its newest
             such.

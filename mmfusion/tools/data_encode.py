@@ -7,12 +7,8 @@ The shards get their place, and then the manifest, when all are there.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +17,16 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from mmfusion.data.datamodule import MultimodalData
-from mmfusion.data.features import MANIFEST, Features, StoredPart, StoredSet, shards_of
-from mmfusion.data.shards import Shards
+from mmfusion.data.features import Features, StoredPart, StoredSet, shards_of
 from mmfusion.data.source import Source
-from mmfusion.data.whole_file import write_whole
 from mmfusion.paths import expand
 from mmfusion.tools.data_rewriter import MediaOption, Rewriter, Runner
+from mmfusion.tools.encoded_folder import (
+    finish,
+    refuse_sources_inside,
+    refuse_to_replace,
+    unfinished,
+)
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.module import MultimodalModule
@@ -40,8 +40,6 @@ from mmfusion.training.stored_parts import (
     precision_of,
     storable_parts,
 )
-
-UNFINISHED, PLAN = ".unfinished", "plan.json"
 
 
 def encode(
@@ -62,7 +60,7 @@ def encode(
     these, and does not build the parts. A run that was broken off goes on with its next shard.
 
     Args:
-        recipe: the recipe's YAML file, or a run directory.
+        recipe: the recipe's YAML file, or a run directory; of several files, -c A -c B.
         out: folder to make; by default the recipe's data.features.
         media: keep the media beside their features, or put the features instead of them (then
             stored parts cannot be encoded again, or run live, from these shards).
@@ -70,15 +68,17 @@ def encode(
             frozen.
         batch_size: items that go through a part together.
         threads: that decode media.
-        overwrite: replace features that are there.
+        overwrite: replace features that an earlier start made there, and nothing else.
         overrides: a list of keys of the recipe with other values; they may also stand on the
             command line as they do for `mmfusion fit`, e.g. --trainer.accelerator=cpu.
     """
     command = RecipeCommand("", ["--config", recipe, *(overrides or [])], stored=False)
     module, plain = command.model, command.recipe()
     chosen = chosen_parts(module, parts)
-    folder = _folder(out or command.datamodule.features, overwrite)
+    folder = _folder(out or command.datamodule.features)
+    refuse_to_replace(folder, overwrite)
     sources = _sources(command.datamodule)
+    refuse_sources_inside(folder, sources.values())
     runner = Runner(module.model, chosen, _trainer(plain), batch_size)
     planned = Features(
         {
@@ -90,7 +90,7 @@ def encode(
             for name, source in sources.items()
         },
     )
-    work = _unfinished(folder, planned, media)
+    work = unfinished(folder, planned, media)
     total = sum(len(source) for source in sources.values())
     with ThreadPoolExecutor(threads) as pool, tqdm(total=total, unit=" samples") as progress:
         for name, source in sources.items():
@@ -102,7 +102,7 @@ def encode(
                 else:
                     rewriter.write(number, str(shard.parent / f"{number:06d}-%d.tar"), progress)
     runner.write_empty(work)
-    _finish(work, folder, planned)
+    finish(work, folder, planned, overwrite)
     size = sum(file.stat().st_size for file in folder.rglob("*.tar"))
     print(
         f"{total:,} samples, {size:,} bytes in {folder}, with what {', '.join(chosen)} give. To "
@@ -174,44 +174,7 @@ def _not_storable(part: str, module: MultimodalModule) -> str:
     return ""
 
 
-def _folder(out: str | None, overwrite: bool) -> Path:
+def _folder(out: str | None) -> Path:
     if not out:
         raise ValueError("where to? Give --out, or data.features in the recipe.")
-    folder = Path(expand(out))
-    if not overwrite and (there := [n for n in (MANIFEST, *SECTIONS) if (folder / n).exists()]):
-        raise FileExistsError(
-            f"{folder} already holds {', '.join(there)}; choose another folder, or replace them by "
-            "--overwrite."
-        )
-    return folder
-
-
-def _unfinished(folder: Path, planned: Features, media: str) -> Path:
-    """Where shards are made: what an interrupted start left there, if it was making the same."""
-    work = folder / UNFINISHED
-    text = json.dumps({"media": media, **asdict(planned)}, indent=1)
-    plan = work / PLAN
-    if not plan.is_file() or plan.read_text() != text:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        with write_whole(str(plan)) as file:
-            file.write(text.encode())
-    return work
-
-
-def _finish(work: Path, folder: Path, planned: Features) -> None:
-    """Give everything its place, the manifest last."""
-    sets = {
-        name: replace(one, dataset_id=Shards(str(shards_of(work, name))).dataset_id)
-        for name, one in planned.sources.items()
-    }
-    (folder / MANIFEST).unlink(missing_ok=True)
-    (work / PLAN).unlink()  # what is moved is not gone on with
-    for path in sorted(work.iterdir()):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    replace(planned, sources=sets).write(folder)
-    work.rmdir()
+    return Path(expand(out))

@@ -106,7 +106,7 @@ def describe(recipe: str, overrides: list[str] | None = None) -> None:
     """Show the parts of a recipe, their shapes and parameters, and an estimate of the memory.
 
     Args:
-        recipe: the recipe's YAML file, or a run directory.
+        recipe: the recipe's YAML file, or a run directory; of several files, -c A -c B.
         overrides: a list of keys of the recipe with other values; they may also stand on the
             command line as they do for `mmfusion fit`, e.g. --data.pack_tokens=512.
     """

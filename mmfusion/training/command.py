@@ -54,6 +54,8 @@ from mmfusion.training.strategies.zero import ZeRO
 log = logging.getLogger(__name__)
 
 CONFIG = ("-c", "--config")
+COMPUTES = ("--model.", "--data.", "--trainer.precision")
+"""Keys that what a frozen part gives may depend on."""
 Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<", 1e6)])
 
 TRAINER_DEFAULTS = {
@@ -86,7 +88,7 @@ class RecipeCommand(LightningCLI):
     """
 
     def __init__(self, name: str, args: Sequence[str], stored: bool = True) -> None:
-        self.name, self.stored = name, stored
+        self.name, self.stored, self._args = name, stored, list(args)
         show_messages(leads=rank() == 0)
         super().__init__(
             MultimodalModule,
@@ -153,8 +155,8 @@ class RecipeCommand(LightningCLI):
         """Module and data, stored features in place of the parts that make them; the trainer."""
         super().instantiate_classes()
         if self.datamodule.features and self.stored:
-            name = str(next(iter(self.config.get("config") or []), "RECIPE"))
-            use_features(self.model, self.datamodule, self.recipe(), name)
+            given = encode_arguments(self._args)
+            use_features(self.model, self.datamodule, self.recipe(), given)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer of this command, with our callbacks and checkpoint files."""
@@ -357,6 +359,23 @@ def _stopping_at_once() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def encode_arguments(args: Sequence[str]) -> list[str]:
+    """Of a command's arguments, those that `mmfusion data encode` needs to make what it reads: the
+    recipes, and the keys with other values that say what is computed.
+    """
+    recipes, keys = [], []
+    rest = iter(args)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        wanted = name.startswith(COMPUTES) and name != "--data.features"
+        if wanted or name in CONFIG:
+            value = value if equals else next(rest, "")
+            keys += [f"{name}={value}"] if wanted else []
+            recipes += [] if wanted else [value]
+    several = [word for recipe in recipes for word in ("-c", recipe)]
+    return [*(several if len(recipes) > 1 else recipes or ["RECIPE"]), *keys]
 
 
 def _runs_as_recipes(args: Sequence[str]) -> list[str]:

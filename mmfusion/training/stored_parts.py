@@ -9,7 +9,8 @@ targets.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,9 +128,11 @@ def weights_of(path: str, revision: str | None) -> dict[str, str]:
     if where.is_file():
         return {where.name: _hash(where)}
     if where.is_dir():
-        files = sorted(file for file in where.rglob("*") if file.suffix in WEIGHTS)
-        own = [file for file in files if file.relative_to(where).parts[0] not in NOT_ENCODING]
-        return {str(file.relative_to(where)): _hash(file) for file in own}
+        return {
+            str(file.relative_to(where)): _hash(file)
+            for file in _files_in(where)
+            if file.suffix in WEIGHTS and file.relative_to(where).parts[0] not in NOT_ENCODING
+        }
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "model_index.json"):
@@ -137,6 +140,18 @@ def weights_of(path: str, revision: str | None) -> dict[str, str]:
         if isinstance(found, str):
             return {"commit": Path(found).parent.name}
     return {"commit": revision or "main"}
+
+
+def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """In a fixed order, behind links as well, as weights are read; what lies above is not entered
+    again.
+    """
+    real = folder.resolve()
+    for path in () if real in above else sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_in(path, (*above, real))
+        elif path.is_file():
+            yield path
 
 
 def _hash(file: Path) -> str:
@@ -148,7 +163,10 @@ def _hash(file: Path) -> str:
 
 
 def use_features(
-    module: MultimodalModule, data: MultimodalData, recipe: Mapping[str, Any], name: str
+    module: MultimodalModule,
+    data: MultimodalData,
+    recipe: Mapping[str, Any],
+    given: Sequence[str],
 ) -> None:
     """Take what ``data.features`` holds in place of the parts that made it.
 
@@ -156,7 +174,7 @@ def use_features(
         module: of the recipe, not built.
         data: of the recipe.
         recipe: as plain values, defaults filled in.
-        name: of the recipe, for errors.
+        given: the recipe on the command line of `mmfusion data encode`, for errors.
 
     Raises:
         FeaturesError: where the features are not complete, of other weights, settings, data or
@@ -164,7 +182,9 @@ def use_features(
     """
     assert data.features is not None
     folder = Path(expand(data.features))
-    command = f"mmfusion data encode {name} --out {data.features} --overwrite"
+    command = shlex.join(
+        ["mmfusion", "data", "encode", *given, "--out", data.features, "--overwrite"]
+    )
     features = Features.read(folder, command)
     model = module.model
     here = [part for part in storable_parts(model) if part in features.parts]

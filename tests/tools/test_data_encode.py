@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,75 @@ def test_a_set_that_is_there_is_replaced_only_when_asked(
     assert after["parts"] == before["parts"]
     assert after["sources"].keys() == before["sources"].keys()
     assert not (encoded / ".unfinished").exists()
+
+
+def test_what_no_encode_made_is_never_replaced(
+    cache: Path, tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(message: str) -> None:
+        before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert message in refused(capsys, DEBUG, "--out", tmp_path / "f", "--overwrite")
+        assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    mine = tmp_path / "f" / "sources" / "squares"
+    mine.mkdir(parents=True)
+    (mine / "000000-0.tar").write_bytes(b"dear")
+    refuses("f holds sources, and no features.json: no `mmfusion data encode` made that")
+    shutil.rmtree(tmp_path / "f")
+    shutil.copytree(encoded, tmp_path / "f")
+    (mine / "mine-000000.tar").write_bytes(b"dear")
+    refuses("f holds sources/squares/mine-000000.tar: no `mmfusion data encode` made that")
+    (mine / "mine-000000.tar").unlink()
+    shutil.move(mine, tmp_path / "moved")
+    mine.symlink_to(tmp_path / "moved")
+    refuses("f holds sources/squares: no `mmfusion data encode` made that")
+
+
+def test_data_of_the_recipe_are_not_where_features_go(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cache / "debug", tmp_path / "debug")
+    raw = f"--data.sources.squares.init_args.shards={tmp_path}/debug/train-*.tar"
+    (tmp_path / "link").symlink_to(tmp_path)
+    error = refused(capsys, DEBUG, "--out", tmp_path / "link", raw, "--overwrite")
+    assert "train-000000.tar is data of the recipe, in the folder that is to hold" in error
+
+
+def test_a_set_broken_off_on_its_way_to_its_place_is_replaced(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Features, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    args = ["data", "encode", str(DEBUG), "--out", str(tmp_path), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Features, "write", stop)
+        with pytest.raises(SystemExit):
+            main(args)
+    assert (tmp_path / "sources").is_dir()
+    assert not (tmp_path / MANIFEST).exists()
+    main(args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        MANIFEST, "sources", "val_sources",
+    ]  # fmt: skip
+
+
+def test_what_came_while_features_were_made_is_not_replaced(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def come(self: Runner, folder: Path) -> None:
+        (tmp_path / "sources").mkdir()
+        (tmp_path / "sources" / "a.tar").write_bytes(b"dear")
+
+    args = ["data", "encode", str(DEBUG), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "write_empty", come)
+        with pytest.raises(SystemExit):
+            main(args)
+    assert (tmp_path / "sources" / "a.tar").read_bytes() == b"dear"
+    shutil.rmtree(tmp_path / "sources")
+    main(args)
+    assert (tmp_path / MANIFEST).is_file()
 
 
 def test_what_cannot_be_stored_is_refused(

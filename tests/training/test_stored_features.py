@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.processing.stored import FEATURES, item_file
 from mmfusion.tools.describe import description
 from mmfusion.training.rebuild import from_recipe
+from mmfusion.training.stored_parts import weights_of
 from tests.make_debug import make_debug
 from tests.training import pictures
 from tests.training.tiny import fit, steps
@@ -171,11 +173,13 @@ def test_stale_and_foreign_features_are_refused_before_training(
 ) -> None:
     use = [f"--data.features={features}", f"--run_dir={tmp_path / 'run'}"]
     mend = f"mmfusion data encode {DEBUG} --out {features} --overwrite"
-    error = refused(capsys, *use, "--model.encoders.image.init_args.feature_layer=-1")
+    layer = "--model.encoders.image.init_args.feature_layer=-1"
+    error = refused(capsys, *use, layer)
     assert "another encoders.image made:\n  arguments.feature_layer: -2 there, -1 here" in error
-    assert mend in error
-    error = refused(capsys, *use, "--trainer.precision=bf16-mixed")
+    assert mend.replace(" --out", f" {layer} --out") in error
+    error = refused(capsys, *use, "--trainer.precision", "bf16-mixed")
     assert "precision: '32-true' there, 'bf16-mixed' here" in error
+    assert mend.replace(" --out", " --trainer.precision=bf16-mixed --out") in error
     prompt = "--data.sources.squares.init_args.converter.init_args.prompt=w3"
     assert "as another converter gave it" in refused(capsys, *use, prompt)
     other = f"--data.sources.squares.init_args.shards={cache}/debug/val-*.tar"
@@ -185,8 +189,26 @@ def test_stale_and_foreign_features_are_refused_before_training(
     error = refused(capsys, *use, tuning)
     assert "features of encoders.image, which model.tuning.encoders.image trains" in error
     nothing = f"--data.features={tmp_path}"
-    assert f"{tmp_path} has no {MANIFEST}" in refused(capsys, nothing, use[1])
+    error = refused(capsys, nothing, use[1])
+    assert f"{tmp_path} has no {MANIFEST}" in error
+    assert mend.replace(str(features), str(tmp_path)) in error
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_that_is_named_makes_what_a_recipe_of_two_files_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = {"model": {"encoders": {"image": {"init_args": {"feature_layer": -1}}}}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(layer))
+    given = [
+        "-c", str(tmp_path / "more.yaml"), f"--data.features={tmp_path}/f",
+        "--data.sources.squares.init_args.converter.init_args.prompt", "w3 w4",
+    ]  # fmt: skip
+    error = refused(capsys, *given)
+    assert f"encode -c {DEBUG} -c {tmp_path}/more.yaml '--data.sources.squares" in error
+    command = shlex.split(error.strip().rpartition("Run: ")[2])
+    main(command[1:])
+    from_recipe(str(DEBUG), given)
 
 
 def test_a_manifest_of_other_tensors_than_the_part_gives_is_refused(
@@ -222,6 +244,32 @@ def test_changed_weights_refuse_old_features(
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
     error = refused(capsys, *use, moved)
     assert "another encoders.image made:\n  weights.path.model.safetensors: " in error
+
+
+def test_weights_behind_linked_folders_tell_what_was_made(tmp_path: Path) -> None:
+    folder = tmp_path / "sd"
+    for part in ("text_encoder", "unet"):
+        (tmp_path / "shared" / part).mkdir(parents=True)
+        (tmp_path / "shared" / part / "model.safetensors").write_bytes(b"one")
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    for part in ("text_encoder", "unet"):
+        (folder / part).symlink_to(tmp_path / "shared" / part)
+    (tmp_path / "blob").write_text("two")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").symlink_to(tmp_path / "blob")  # as in a hub's cache
+    (folder / "vae" / "loop").symlink_to(tmp_path / "sd")
+    (folder / "vae" / "gone.json").symlink_to(tmp_path / "nothing")
+    found = weights_of(str(folder), None)
+    assert list(found) == ["model_index.json", "text_encoder/model.safetensors", "vae/config.json"]
+    (tmp_path / "linked").symlink_to(folder)
+    assert weights_of(str(tmp_path / "linked"), None) == found
+    (tmp_path / "shared" / "unet" / "model.safetensors").write_bytes(b"other")
+    assert weights_of(str(folder), None) == found
+    (tmp_path / "shared" / "text_encoder" / "model.safetensors").write_bytes(b"other")
+    (tmp_path / "blob").write_text("other")
+    changed = weights_of(str(folder), None)
+    assert [name for name in found if changed[name] != found[name]] == list(found)[1:]
 
 
 def test_a_record_with_bad_features_is_left_out_and_counted(
