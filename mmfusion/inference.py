@@ -16,7 +16,12 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from mmfusion.data.collate import collate
 from mmfusion.messages import Conversation, conversation
@@ -26,6 +31,21 @@ from mmfusion.models.generators.base import Sampling
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Sample, SampleRef, Text
+
+_ONE = "an answer is one text with its parts; ask several times, with other seeds"
+NOT_TAKEN = {
+    "guidance_scale": "that of media is in sampling=Sampling(guidance_scale=...)",
+    "stop_strings": "the text at which the answer ends is stop",
+    "eos_token_id": "the tokens that end an answer are those of training",
+    "pad_token_id": "padding is the tokenizer's",
+    **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), _ONE),
+    **dict.fromkeys(
+        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _ONE
+    ),
+}
+"""Options of Hugging Face's ``generate`` that :meth:`Chat.generate` refuses, and why."""
+BESIDE = {"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
+"""Those it takes that are not in a ``GenerationConfig``."""
 
 
 def load(
@@ -151,13 +171,17 @@ class Chat:
             plain: without the chat template, as captions are trained: go on with the text and media
                 of the messages, e.g. ``[picture, "Image caption:"]``.
             stop: a text at which the answer ends, e.g. the line break after a caption.
-            max_new_tokens: longest answer; it ends earlier where the LLM has no more positions.
+            max_new_tokens: longest answer; it ends earlier where the LLM has no more positions. The
+                rest of a run of signal tokens, which stands for media, does not count.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             sampling: how media are drawn: steps, guidance scale, seed.
             speak: say all the text of the answer aloud, not just what the model wants said.
-            options: anything else Hugging Face's ``generate`` takes: ``temperature``, ``top_p``,
-                ``top_k``, ``repetition_penalty``, ``num_beams``, ...
+            options: what else a ``GenerationConfig`` of Hugging Face takes (``temperature``,
+                ``top_p``, ``top_k``, ``repetition_penalty``, ``num_beams``, ...), and
+                ``logits_processor``, ``stopping_criteria`` and ``prefix_allowed_tokens_fn``. Not
+                what would give other than one answer, and nothing of ours under another name:
+                ``guidance_scale`` belongs to ``sampling``.
 
         Returns:
             The answer, a list of them for a batch, or an iterator over pieces of it: first the text
@@ -166,11 +190,15 @@ class Chat:
 
         Raises:
             FileNotFoundError: a media path that is not there.
-            ValueError: media the model has no encoder for, messages of another shape, ``speak``
-                without a speaker.
+            ValueError: media the model has no encoder for, messages of another shape, options it
+                does not take, ``speak`` without a speaker, a ``sampling`` that a generator cannot
+                do.
             mmfusion.types.DataError: media that do not decode, more tokens than the LLM has
                 positions.
         """
+        _check_options(options)
+        for modality in self.makes if sampling else []:
+            self.model.generator(modality).check(cast(Sampling, sampling))
         batch = _is_batch(messages)
         if batch and stream:
             raise ValueError("stream=True answers one conversation; got a batch of them.")
@@ -306,10 +334,19 @@ class Chat:
 def _is_batch(messages: Any) -> bool:
     """A batch is a list of conversations: of texts or of lists."""
     return (
-        not isinstance(messages, str)
+        isinstance(messages, Sequence)
+        and not isinstance(messages, (str, bytes))
         and len(messages) > 0
         and isinstance(messages[0], (str, list, tuple))
     )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    taken = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    for name in options:
+        if name in NOT_TAKEN or name not in taken | BESIDE:
+            why = NOT_TAKEN.get(name, "Hugging Face's GenerationConfig knows no such option")
+            raise ValueError(f"generate takes no {name}: {why}.")
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

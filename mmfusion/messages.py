@@ -19,9 +19,19 @@ Conversation = str | Sequence[Message | Mapping[str, Any]]
 
 
 def conversation(messages: Conversation) -> list[Message]:
-    """Messages from what users write: a text, messages, or OpenAI-style dicts."""
+    """Messages from what users write: a text, messages, or OpenAI-style dicts.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(messages, str):
         return [Message("user", (Text(messages),))]
+    if isinstance(messages, bytes) or not isinstance(cast(Any, messages), Sequence):
+        alone = isinstance(messages, (Mapping, Message))
+        raise ValueError(
+            f"a conversation is {_short(messages)}; expected a text or a list of messages"
+            + (": put the message into a list." if alone else ".")
+        )
     return [_message(message) for message in messages]
 
 

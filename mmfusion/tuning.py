@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from mmfusion.models.any_to_any import AnyToAnyModel
 
 Named = dict[str, nn.Parameter]
+Needs = dict[str, set[str]]
 
 
 class ParamGroup(TypedDict):
@@ -244,6 +245,30 @@ def apply(
     return groups
 
 
+def named_parts(tuning: Mapping[str, Policy | Sequence[Policy]], model: AnyToAnyModel) -> Needs:
+    """The parts of each generator that policies name: they are built, whether or not an objective
+    runs them, so that what an earlier stage trained there has its place. A policy on a whole
+    generator names all of it, unless it is ``Frozen``.
+
+    Args:
+        tuning: for each part, its policy or policies.
+        model: not built.
+    """
+    found: Needs = {modality: set() for modality in model.generators}
+    for name, policies in tuning.items():
+        listed = [policies] if isinstance(policies, Policy) else policies
+        idle = all(isinstance(policy, Frozen) for policy in listed)
+        for modality, parts in found.items():
+            own = model.generator(modality).modules_by_name()
+            whole = f"generators.{modality}"
+            if name in ("generators", whole):
+                parts |= set() if idle else set(own.values())
+            elif name.startswith(f"{whole}."):
+                part = own.get(name.removeprefix(f"{whole}.").split(".")[0])
+                parts |= {part} if part else set()
+    return found
+
+
 def _groups(
     label: str, part: str, policy: Policy, parameters: list[nn.Parameter]
 ) -> list[ParamGroup]:
@@ -261,12 +286,24 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-def _part(model: nn.Module, name: str) -> nn.Module:
+def _part(model: AnyToAnyModel, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
         parts = [key for key, _ in model.named_modules() if key and key.count(".") < 2]
-        near = difflib.get_close_matches(name, parts, n=1)
+        for modality in model.generators:
+            own = model.generator(modality).modules_by_name()
+            parts += [f"generators.{modality}.{key}" for key in own]
+        inside, _, _ = name.rpartition(".")
+        if inside in parts:  # then it is the end of the name that is wrong
+            near = difflib.get_close_matches(
+                name.removeprefix(f"{inside}."),
+                [key.removeprefix(f"{inside}.") for key in parts if key.startswith(f"{inside}.")],
+                n=1,
+            )
+            near = [f"{inside}.{end}" for end in near]
+        else:
+            near = difflib.get_close_matches(name, parts, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         main = [key for key in parts if not key.startswith("llm.")]
         raise TuningError(f"tuning.{name} names no part of the model {main}{hint}") from None

@@ -326,10 +326,11 @@ class Conditioning(_Tensors):
 
 @dataclass(frozen=True)
 class ConditioningSpec:
-    """The conditioning a generator takes: its text encoder's shapes.
+    """The conditioning a generator takes, which is its text encoder's shapes; or what an output
+    projector gives for an item.
 
     Attributes:
-        tokens: C, tokens that its text encoder gives.
+        tokens: C.
         dim: D_g.
         pooled_dim: P, 0 where it takes none.
     """
@@ -337,6 +338,11 @@ class ConditioningSpec:
     tokens: int
     dim: int
     pooled_dim: int = 0
+
+    def blank(self) -> Conditioning:
+        """Of one item, of these shapes but without values."""
+        pooled = torch.empty(1, self.pooled_dim, device="meta") if self.pooled_dim else None
+        return Conditioning(torch.empty(1, self.tokens, self.dim, device="meta"), pooled)
 
 
 @dataclass

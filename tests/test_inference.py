@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,27 @@ def test_bad_messages_and_modalities_are_named(chat: Chat) -> None:
         chat.generate([Message("user", (Media("video", b"1", "mp4"),))])
     with pytest.raises(ValueError, match="a batch"):
         chat.generate(PROMPTS, stream=True)
+
+
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "a"}, None, 5, b"a", ["a", 5]])
+def test_what_is_no_conversation_is_refused(chat: Chat, messages: Any) -> None:
+    with pytest.raises(ValueError, match=r"a conversation is .*; expected a text") as error:
+        chat.generate(messages)
+    assert ("put the message into a list" in str(error.value)) == isinstance(messages, dict)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ({"num_return_sequences": 2}, "an answer is one text"),
+        ({"return_dict_in_generate": True}, "an answer is one text"),
+        ({"guidance_scale": 3.0}, r"in sampling=Sampling\(guidance_scale"),
+        ({"temprature": 0.5}, "knows no such option"),
+    ],
+)
+def test_options_that_it_does_not_take_are_named(chat: Chat, option: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=f"generate takes no {next(iter(option))}: .*{why}"):
+        chat.generate(PROMPTS[0], **option)
 
 
 def test_scores_equal_the_losses_of_single_batches_in_order(chat: Chat) -> None:

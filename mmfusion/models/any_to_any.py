@@ -135,6 +135,24 @@ class AnyToAnyModel(nn.Module):
             self.generator(modality).build(self.needs[modality], pretrained)
         self._built = True
 
+    def given(self, modality: str) -> ConditioningSpec:
+        """What the output projector of a modality gives for a target. Works before ``build``.
+
+        Raises:
+            ValueError: where it reads a layer that the LLM does not have.
+        """
+        width, count = self.llm.hidden_dim, self.llm.num_layers
+        with torch.device("meta"), torch.no_grad():
+            projector = self._output_factories[modality](width, self.generator(modality).spec)
+            found = projector.project(torch.empty(1, self.signal_tokens[modality], width))
+        if count is not None and (odd := [x for x in projector.layers if not -1 <= x <= count]):
+            raise ValueError(
+                f"output_projectors.{modality} reads the LLM's layers {list(projector.layers)}, "
+                f"but it has {count}: there is no {odd[0]}; expected -1 (the last) or 0 to {count}."
+            )
+        _, tokens, dim = found.tokens.shape
+        return ConditioningSpec(tokens, dim, 0 if found.pooled is None else found.pooled.shape[-1])
+
     def need(self, modality: str, parts: Collection[str]) -> None:
         """Have more parts of a generator: loaded with the others, or now where these are there."""
         self.needs[modality] |= frozenset(parts)

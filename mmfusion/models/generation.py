@@ -9,6 +9,7 @@ Legend: B prompts, T tokens of the longest, D hidden, S all tokens of the packed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import PARTS, Sampling
@@ -33,6 +39,7 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
         prompts: one row of B prompts, ``cu_seqlens`` set.
         options: of ``transformers.GenerationMixin.generate`` (``max_new_tokens``, ``do_sample``,
             ``temperature``, ``streamer``, ...). ``max_new_tokens`` ends where learned positions do.
+            A run of signal tokens that began within it is completed beyond it.
 
     Returns:
         (B, N) new ids; a row that stopped early is filled with the pad token.
@@ -51,7 +58,12 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
     if signals := list(model.processor().signal_ids.values()):
         # After the caller's own, which might let a signal token stand alone.
         given = options.get("logits_processor") or []
-        options["logits_processor"] = LogitsProcessorList([*given, WholeRuns(signals)])
+        options["logits_processor"] = LogitsProcessorList([*given, WholeRuns(signals, room)])
+        if (asked := options.get("max_new_tokens") or 0) > 0:
+            rest = max(map(len, signals)) - 1
+            options["max_new_tokens"] = asked + rest if room is None else min(asked + rest, room)
+            given = options.get("stopping_criteria") or []
+            options["stopping_criteria"] = StoppingCriteriaList([*given, _Enough(asked, signals)])
     # Layers compiled for training would be compiled anew for every state of the cache.
     with torch.compiler.set_stance("force_eager"):
         return backbone.generate(
@@ -68,21 +80,45 @@ class WholeRuns(LogitsProcessor):
 
     Args:
         signals: ids of the signal tokens of each modality.
+        room: longest answer that the LLM has positions for: a run that would not fit does not
+            begin. None: there is no longest.
     """
 
-    def __init__(self, signals: Sequence[Sequence[int]]) -> None:
+    def __init__(self, signals: Sequence[Sequence[int]], room: int | None = None) -> None:
         self._after = {a: b for run in signals for a, b in pairwise(run)}
         self._later = [index for run in signals for index in run[1:]]
+        self._lengths = {run[0]: len(run) for run in signals}
+        self._room = math.inf if room is None else room
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
         forced = [self._after.get(int(row[-1])) if len(row) else None for row in input_ids]
+        left = self._room - input_ids.shape[1]
         scores[:, self._later] = -torch.inf
+        scores[:, [i for i, length in self._lengths.items() if length > left]] = -torch.inf
         for row, index in enumerate(forced):
             if index is not None:
                 scores[row] = -torch.inf
                 scores[row, index] = 0.0
         return scores
+
+
+class _Enough(StoppingCriteria):
+    """Ends a row that is as long as was asked for, but not within a run of signal tokens.
+
+    Args:
+        asked: tokens.
+        signals: ids of the signal tokens of each modality.
+    """
+
+    def __init__(self, asked: int, signals: Sequence[Sequence[int]]) -> None:
+        self._asked, self._within = asked, {index for run in signals for index in run[:-1]}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] < self._asked:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended = [int(index) not in self._within for index in input_ids[:, -1]]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import Generator
-from mmfusion.types import Batch, ModelOutput, TargetBatch
+from mmfusion.types import Batch, ConditioningSpec, ModelOutput, TargetBatch
 
 
 @dataclass
@@ -75,8 +75,12 @@ class TargetObjective(Objective):
         self.modality = self.unit = modality
         self.weight = weight
 
-    def check(self, generator: Generator) -> None:
-        """Called before anything is loaded, with the generator of the modality.
+    def check(self, generator: Generator, given: ConditioningSpec) -> None:
+        """Called before anything is loaded.
+
+        Args:
+            generator: of the modality.
+            given: what its output projector gives for a target.
 
         Raises:
             ValueError: where it cannot give this loss.

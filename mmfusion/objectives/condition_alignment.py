@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generators.base import TEXT_ENCODER
+from mmfusion.models.generators.base import TEXT_ENCODER, Generator
 from mmfusion.models.generators.similarity import similarities
 from mmfusion.objectives.base import Loss, TargetObjective, over_targets
 from mmfusion.objectives.step_texts import Texts, gather_texts
-from mmfusion.types import Batch, Conditioning, ModelOutput
+from mmfusion.types import Batch, Conditioning, ConditioningSpec, ModelOutput
 
 Distance = Literal["cosine", "mse", "l2"]
 
@@ -57,6 +58,10 @@ class ConditionAlignment(TargetObjective):
         self.step_captions = contrastive > 0
         self._step_texts: Texts | None = None
 
+    def check(self, generator: Generator, given: ConditioningSpec) -> None:
+        wanted = generator.spec
+        self._compare((given.tokens, given.dim), (wanted.tokens, wanted.dim))
+
     def begin_step(self, model: AnyToAnyModel, batch: Batch) -> None:
         if self.contrastive:
             encode = model.generator(self.modality).encode_captions
@@ -96,18 +101,21 @@ class ConditionAlignment(TargetObjective):
         Raises:
             ValueError: where the two differ in shape.
         """
-        if found.tokens.shape != wanted.tokens.shape:
-            raise ValueError(
-                f"{self.modality}: the output projector gives conditioning of shape "
-                f"{tuple(found.tokens.shape)}, the text encoding has {tuple(wanted.tokens.shape)}; "
-                "they must be equal to be compared. Use a QueryDecoder, or train by denoising."
-            )
+        self._compare(found.tokens.shape, wanted.tokens.shape)
         each = self._distance(found.tokens, wanted.tokens)
         mask = torch.ones_like(each) if wanted.mask is None else wanted.mask.to(each)
         total = (each * mask).sum(1) / mask.sum(1).clamp(min=1)
         if found.pooled is not None and wanted.pooled is not None:
             total = total + self._distance(found.pooled, wanted.pooled)
         return total
+
+    def _compare(self, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise ValueError(
+                f"{self.modality}: the output projector gives conditioning of shape "
+                f"{tuple(found)}, the text encoding has {tuple(wanted)}; they must be equal to be "
+                "compared. Use a QueryDecoder, or as many signal tokens, or train by denoising."
+            )
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = a.float(), b.float()

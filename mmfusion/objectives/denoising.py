@@ -13,7 +13,7 @@ from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Generator
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.objectives.base import Loss, TargetObjective, over_targets
-from mmfusion.types import Batch, Conditioning, ModelOutput, TargetBatch
+from mmfusion.types import Batch, Conditioning, ConditioningSpec, ModelOutput, TargetBatch
 
 
 class Denoising(TargetObjective):
@@ -48,9 +48,11 @@ class Denoising(TargetObjective):
         self.drop_condition = drop_condition
         self.needs = frozenset({VAE, DENOISER} | ({TEXT_ENCODER} if drop_condition else set()))
 
-    def check(self, generator: Generator) -> None:
+    def check(self, generator: Generator, given: ConditioningSpec) -> None:
         schedule = generator.noise_schedule()
         try:
+            if self.drop_condition:
+                generator.check_paired(given)
             schedule.weights(schedule.draw([torch.Generator()]), self.min_snr)
         except ValueError as error:
             raise ValueError(

@@ -78,6 +78,11 @@ def chat(
     if plain:
         options |= {"plain": True, "stop": "\n"}
     loaded = load(run_dir, step, device)
+    for modality in loaded.makes:
+        try:
+            loaded.model.generator(modality).check(options["sampling"])
+        except ValueError as error:
+            raise ValueError(f"--media_steps={media_steps} cannot be: {error}") from error
     loaded.speaker = speaker or loaded.speaker
     session = Session(loaded, options, system, Path(media_dir))
     print(f"{run_dir} is ready. {session.help()}", flush=True)

@@ -113,6 +113,12 @@ class MultimodalModule(L.LightningModule):
         super().__init__()
         if not objectives:
             raise ValueError("model.objectives is empty: name at least one loss.")
+        for name, objective in objectives.items():
+            if not 0 <= objective.weight < math.inf:
+                raise ValueError(
+                    f"model.objectives.{name}: weight is {objective.weight}; expected 0 or more, "
+                    "finite."
+                )
         made = set(generators or {})
         aims = {n: o for n, o in objectives.items() if isinstance(o, TargetObjective)}
         if odd := [name for name, aim in aims.items() if aim.modality not in made]:
@@ -120,8 +126,6 @@ class MultimodalModule(L.LightningModule):
                 f"the objectives {odd} are of modalities without a generator; there are generators "
                 f"for {sorted(made)}."
             )
-        for aim in aims.values():
-            aim.check(cast(dict[str, Generator], generators)[aim.modality])
         of = {m: [aim for aim in aims.values() if aim.modality == m] for m in made}
         self.model = AnyToAnyModel(
             encoders,
@@ -135,6 +139,11 @@ class MultimodalModule(L.LightningModule):
             speaker=speaker,
             step_captions=[m for m, found in of.items() if any(a.step_captions for a in found)],
         )
+        given = {modality: self.model.given(modality) for modality in self.model.generators}
+        for aim in aims.values():
+            aim.check(self.model.generator(aim.modality), given[aim.modality])
+        for modality, parts in tune.named_parts(tuning, self.model).items():
+            self.model.need(modality, parts)
         self.objectives = nn.ModuleDict(objectives)
         # A NaN stays one. ("disable" would also disable the weights, in torchmetrics 1.9.)
         self.means = nn.ModuleDict({n: MeanMetric(nan_strategy=math.nan) for n in objectives})

@@ -61,8 +61,8 @@ def split_part(part: str) -> tuple[str, str, str]:
 def modules_of(part: str, model: AnyToAnyModel) -> list[str]:
     """Names of a part's modules; a text encoder may be several of the generator's."""
     kind, modality, of = split_part(part)
-    components = getattr(model.generator(modality), "components", {}) if of else {}
-    own = [name for name, component in components.items() if component.part == of]
+    named = model.generator(modality).modules_by_name() if of else {}
+    own = [name for name, belongs in named.items() if belongs == of]
     return [f"{kind}.{modality}.{name}" for name in own] or [part]
 
 

@@ -67,13 +67,25 @@ def load_earlier(module: MultimodalModule, init_from: str, dropped: Sequence[str
     loaded |= take_rows(module, loaded)
     log.info("%d tensors from %s", len(loaded), path)
     if unused := unused_names(module, state):
+        parts = ", ".join(_parts_of(unused))
         raise ValueError(
-            f"{len(unused)} trained tensors of {path} have no place here: {unused[:4]}. Add "
-            "the parts and adapters they belong to (mmfusion.tuning.LoRA with train: false "
-            "keeps adapters frozen), or leave their part behind by model.init_drop. What a part "
-            "gives that an earlier stage trained cannot be stored (data.features)."
+            f"{len(unused)} trained tensors of {path} have no place here: {unused[:4]}. Add the "
+            f"parts and adapters they belong to, of {parts}: in model.tuning, mmfusion.tuning.LoRA "
+            "with train: false keeps adapters frozen, and any policy for a part of a generator "
+            "(mmfusion.tuning.Frozen too) has it built. Or leave their part behind by "
+            "model.init_drop. What a part gives that an earlier stage trained cannot be stored "
+            "(data.features)."
         )
     return loaded
+
+
+def _parts_of(names: Sequence[str]) -> list[str]:
+    """Keys of ``model.tuning`` for tensors: ``llm``, ``encoders.image``,
+    ``generators.image.denoiser``.
+    """
+    depths = {"llm": 1, "generators": 3}
+    found = (name.removeprefix("model.").split(".") for name in names)
+    return sorted({".".join(keys[: depths.get(keys[0], 2)]) for keys in found})
 
 
 def _without(dropped: Sequence[str], state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from math import nan
+import shutil
+from functools import partial
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mmfusion.data.collate import collate
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generators.base import PARTS
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
+from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.models.output_projectors.mlp import Linear
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
@@ -34,7 +37,7 @@ from mmfusion.types import (
     Text,
 )
 from tests.models.generators.families import picture
-from tests.models.generators.tiny import save_stable_diffusion
+from tests.models.generators.tiny import save_stable_diffusion, save_stable_diffusion_3
 from tests.models.tiny import save_llm
 
 SMALL = {"dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 24}
@@ -196,11 +199,30 @@ def test_dropped_conditioning_is_that_of_no_words(folder: Path) -> None:
 def test_conditioning_of_another_shape_cannot_be_compared(folder: Path) -> None:
     model = made(folder, Linear)
     batch = batch_of(model, "w1")
-    with pytest.raises(
-        ValueError, match=r"shape \(1, 3, 32\), the text encoding has \(1, 12, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 32\), .* \(1, 12, 32\); they must"):
         ConditionAlignment("image")(model, model(batch), batch)
     assert Denoising("image")(model, model(batch), batch).total > 0  # a U-Net takes any number
+
+
+def test_a_mistyped_part_of_a_generator_is_answered_with_its_parts(folder: Path) -> None:
+    model = made(folder)
+    with pytest.raises(TuningError, match=r"'generators\.image\.denoiser'") as error:
+        tuning.apply(model, {"generators.image.unet": Full(1e-3)})
+    assert "did you mean" not in str(error.value)
+    with pytest.raises(TuningError, match=r"did you mean 'generators\.image\.denoiser'\?"):
+        tuning.apply(model, {"generators.image.denoise": Full(1e-3)})
+
+
+def test_the_parts_of_a_generator_that_policies_name_are_built(folder: Path) -> None:
+    model, full, frozen = made(folder), Full(1e-3), tuning.Frozen()
+    for policies, parts in (
+        ({"llm": full, "generators.video": full, "generators.image.vea": full}, set()),
+        ({"generators.image.denoiser.mid_block": tuning.LoRA(1e-3)}, {"denoiser"}),
+        ({"generators.image.vae": frozen}, {"vae"}),
+        ({"generators.image": frozen, "generators": [frozen]}, set()),
+        ({"generators": [frozen, full]}, {"denoiser", "text_encoder", "vae"}),
+    ):
+        assert tuning.named_parts(policies, model) == {"image": parts}
 
 
 def test_a_projector_that_neither_trains_nor_was_loaded_is_refused(folder: Path) -> None:
@@ -235,6 +257,45 @@ def test_weights_that_a_generator_does_not_have_are_refused_before_anything_is_l
             {}, {}, llm, {"loss": Denoising("image", min_snr=5.0)}, {}, {"image": 3},
             {"image": decoder}, {"image": generator},
         )  # fmt: skip
+
+
+def module_of(folder: Path, projector: Any, objective: Any, generator: Any) -> MultimodalModule:
+    llm = HFCausalLM(str(folder / "llm"))
+    return MultimodalModule(
+        {}, {}, llm, {"loss": objective}, {}, {"image": 3}, {"image": projector},
+        {"image": generator},
+    )  # fmt: skip
+
+
+def test_what_a_projector_cannot_give_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_stable_diffusion_3(tmp_path / "3")
+    for name in ("sd", "llm"):
+        shutil.copytree(folder / name, tmp_path / name)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    generator = StableDiffusion(str(tmp_path / "sd"))
+    module_of(tmp_path, decoder, ConditionAlignment("image"), generator)
+    module_of(tmp_path, Linear, Denoising("image", drop_condition=0.1), generator)
+    with pytest.raises(ValueError, match=r"shape \(3, 32\), the text encoding has \(12, 32\)"):
+        module_of(tmp_path, Linear, ConditionAlignment("image"), generator)
+    deep = partial(QueryDecoder, layers=(1, 7), **SMALL)
+    with pytest.raises(ValueError, match=r"layers \[1, 7\], but it has 2: there is no 7"):
+        module_of(tmp_path, deep, Denoising("image"), generator)
+    jointly = StableDiffusion3(str(tmp_path / "3"), t5_tokens=6)
+    module_of(tmp_path, Linear, Denoising("image"), jointly)
+    message = r"Denoising of image by StableDiffusion3: .* attends to text and picture at once"
+    with pytest.raises(ValueError, match=message):
+        module_of(tmp_path, Linear, Denoising("image", drop_condition=0.1), jointly)
+
+
+@pytest.mark.parametrize("weight", [-1.0, nan, inf])
+def test_a_weight_that_cannot_be_meant_is_refused(folder: Path, weight: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"model\.objectives\.loss: weight is {weight}; expected 0"
+    ):
+        module_of(folder, decoder, Denoising("image", weight=weight), None)
 
 
 def test_parts_of_the_output_side_must_match(folder: Path) -> None:

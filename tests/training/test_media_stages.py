@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +16,18 @@ import torch
 from PIL import Image
 
 import mmfusion
+from mmfusion.cli import main
 from mmfusion.inference import Chat
 from mmfusion.models.generation import Run, WholeRuns, conditioning_of, find_runs
 from mmfusion.models.generators.base import Sampling
 from mmfusion.tools.chat import Session
+from mmfusion.tools.describe import description
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.rebuild import load_module
 from mmfusion.training.resume import find
 from mmfusion.types import Media, Message, Sample, Text
 from tests.training.pictures import FULL, LORA, NEW, NEXT_TOKEN, objective, prepare, recipe
-from tests.training.tiny import fit
+from tests.training.tiny import fit, refused
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,61 @@ def test_what_no_objective_needs_is_not_loaded(home: Path, tmp_path: Path) -> No
     assert generator.denoiser is None
 
 
+def val_sources(home: Path) -> dict[str, Any]:
+    converter = {
+        "class_path": "mmfusion.data.converters.text_to_media.TextToMedia",
+        "init_args": {"prompts": {"image": ["w31 {caption}"]}},
+    }
+    return {"pairs": {"shards": f"{home}/pairs-*.tar", "converter": converter}}
+
+
+DENOISER = "generators.image.denoiser"
+ALIGNED = {"next_token": NEXT_TOKEN, "align": objective("align", distance="cosine")}
+"""Objectives of a stage that runs no denoiser."""
+SHORT = {"trainer__max_steps": 2, "model__schedule": {"warmup_steps": 0}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "later"),
+    [
+        (LORA, {**LORA, "init_args": {"r": 2, "lr": 0.0, "train": False}}),
+        (FULL, {"class_path": "mmfusion.tuning.Frozen"}),
+    ],
+)
+def test_a_denoiser_that_was_trained_goes_through_a_stage_that_does_not_denoise(
+    home: Path,
+    tmp_path: Path,
+    policy: dict[str, object],
+    later: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = {"output_projectors": FULL, "llm": NEW}
+    options: dict[str, Any] = {**SHORT, "data__val_sources": val_sources(home)}
+    two = fit(
+        recipe(home, run_dir=str(tmp_path / "two"), model__tuning={**both, DENOISER: policy},
+               **options)
+    ).path  # fmt: skip
+    trained = {n: t for n, t in read_checkpoint(find(two))["state_dict"].items() if DENOISER in n}
+    assert trained
+    options |= {"model__objectives": ALIGNED, "model__init_from": str(two)}
+    said = refused(capsys, recipe(home, run_dir=str(tmp_path / "no"), **options))
+    assert f"of {DENOISER}: in model.tuning, mmfusion.tuning.LoRA with train: false" in said
+    options["model__tuning"] = {**both, DENOISER: later}
+    for media_samples in (0, 1):
+        options["validation"] = {
+            "generate_samples": 0, "media_samples": media_samples, "sampling": {"steps": 1},
+        }  # fmt: skip
+        three = fit(recipe(home, run_dir=str(tmp_path / f"three{media_samples}"), **options)).path
+        kept = read_checkpoint(find(three))["state_dict"]
+        assert all(torch.equal(kept[name], tensor) for name, tensor in trained.items())
+        used = mmfusion.load(three, device="cpu")
+        options_of_answer = {"max_new_tokens": 3, "sampling": SAMPLING}
+        answer = used.generate(ask("w1"), **options_of_answer, **only(used, "<image_0>"))
+        assert [media.modality for media in answer.media] == ["image"]
+        main(["validate", "-c", str(three / "config.yaml"), "--validation.media_samples=0"])
+    assert description(str(three / "config.yaml"), ["--validation.media_samples=0"]).parts
+
+
 def ask(text: str) -> list[Message]:
     return [Message("user", (Text(text),))]
 
@@ -146,9 +205,9 @@ SAMPLING = Sampling(steps=2, guidance_scale=3.0, seed=4)
 
 def test_pictures_and_text_come_in_their_order(chat: Chat) -> None:
     signals = chat.processor.signal_ids["image"]
-    options = {"max_new_tokens": 7, "sampling": SAMPLING, **only(chat, "<image_0>")}
+    options = {"max_new_tokens": 6, "sampling": SAMPLING, **only(chat, "<image_0>")}
     answers = chat.generate([ask("w31 w1"), ask("w32 w2 w3")], **options)
-    for answer in answers:  # a third run was cut off
+    for answer in answers:
         assert [part.modality for part in answer.parts] == ["image", "image"]
         assert answer == ""
         assert all(Image.open(io.BytesIO(m.data)).size == (16, 16) for m in answer.media)
@@ -161,6 +220,50 @@ def test_pictures_and_text_come_in_their_order(chat: Chat) -> None:
     assert text.media == []
     assert text == text.parts[0].text
     assert len(signals) == 3
+
+
+@pytest.mark.parametrize("longest", [1, 2, 4])
+def test_a_run_that_begins_within_the_longest_answer_is_completed(chat: Chat, longest: int) -> None:
+    """Answers that are runs from their first token on, that end in one, and in words alone."""
+
+    def asked_for(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        late = first if input_ids.shape[1] == longest - 1 else word
+        wanted = torch.tensor([first, late, word][: len(input_ids)])
+        keep = torch.nn.functional.one_hot(wanted, scores.shape[1]).bool()
+        return scores.masked_fill(~keep, -torch.inf)
+
+    first = chat.processor.signal_ids["image"][0]
+    word = chat.processor.tokenizer.convert_tokens_to_ids("w7")
+    options = {"max_new_tokens": longest, "sampling": SAMPLING, "logits_processor": [asked_for]}
+    runs, late, words = chat.generate([ask("w1"), ask("w2 w3"), ask("w4")], **options)
+    assert [media.modality for media in runs.media] == ["image"] * -(-longest // 3)
+    assert (late.split(), len(late.media)) == (["w7"] * (longest - 1), 1)
+    assert (words.split(), words.media) == (["w7"] * longest, [])
+    streamed = list(chat.generate(ask("w1"), stream=True, **options))
+    assert [piece.data for piece in streamed] == [media.data for media in runs.media]
+
+
+def test_a_run_for_which_the_llm_has_no_positions_does_not_begin() -> None:
+    force = WholeRuns([[10, 11, 12], [20, 21]], room=4)
+    barred = [
+        torch.isinf(force(torch.full((1, n), 5), torch.zeros(1, 30))[0, [10, 20]]).tolist()
+        for n in range(4)
+    ]
+    assert barred == [[False, False], [False, False], [True, False], [True, True]]
+
+
+def test_steps_that_the_sampler_cannot_take_are_refused_before_anything_is_said(
+    chat: Chat, stage2: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "sampling.steps is 100, but the DDIMScheduler of .*sd takes 99 at most"
+    with pytest.raises(ValueError, match=message):
+        chat.generate(ask("w1"), max_new_tokens=1, sampling=Sampling(steps=100))
+    with pytest.raises(SystemExit):
+        main(["chat", str(stage2), "--media_steps=100", "--device=cpu"])
+    assert re.search(f"--media_steps=100 cannot be: {message}", capsys.readouterr().err)
+    bad = {"media_samples": 1, "sampling": {"steps": 101}}
+    with pytest.raises(ValueError, match=r"media_samples is 1, .* steps is 101, .* 99 at most"):
+        description(str(recipe(home, data__val_sources=val_sources(home), validation=bad)))
 
 
 def test_a_logits_processor_of_the_caller_works_beside_the_signal_tokens(chat: Chat) -> None:

@@ -16,7 +16,12 @@ class Judge(nn.Module, ABC):
 
     Sums are kept in torchmetrics' metrics as submodules, so that :meth:`compute` is over all ranks:
     every rank calls it, also one that had nothing to judge.
+
+    Attributes:
+        modality: of the media it can judge; None: it says so only when it sees them.
     """
+
+    modality: str | None = None
 
     def build(self) -> None:
         """Load what it judges by."""

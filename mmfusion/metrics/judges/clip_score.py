@@ -25,6 +25,8 @@ class CLIPScore(Judge):
         revision: commit, tag or branch of a hub id.
     """
 
+    modality = "image"
+
     def __init__(self, path: str, revision: str | None = None) -> None:
         super().__init__()
         self._vision = HFVision(path, revision=revision)

@@ -31,6 +31,7 @@ class FrechetDistance(Judge):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        self.modality = encoder.media_processor().modality
         self.distance = FrechetInceptionDistance(_Given(encoder.out_dim)).set_dtype(torch.float64)
         # Known otherwise only where something was judged, which not every rank may have.
         self.distance.orig_dtype = torch.float64

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,19 @@ class Generator(nn.Module, ABC):
             sampling: steps, scale and seed.
         """
 
+    def check(self, sampling: Sampling) -> None:
+        """Works before ``build``.
+
+        Raises:
+            ValueError: for what its sampler cannot do.
+        """
+
+    def modules_by_name(self) -> Mapping[str, str]:
+        """Which of :data:`PARTS` each of its modules belongs to, by the attribute that holds it
+        once it is built; what a tuning policy may name. Works before ``build``.
+        """
+        return {part: part for part in sorted(PARTS)}
+
     def train(self, mode: bool = True) -> Any:
         """What is frozen stays in evaluation mode, also beside a denoiser that trains: dropout in
         the text encoder would move the targets of alignment.
@@ -192,6 +205,17 @@ class Generator(nn.Module, ABC):
             )
 
         return repeated(conditioning), repeated(empty)
+
+    def check_paired(self, given: ConditioningSpec) -> None:
+        """Call before anything is loaded where :meth:`paired` will be needed.
+
+        Args:
+            given: what the output projector gives.
+
+        Raises:
+            ValueError: where that and the encoding of "" cannot be paired.
+        """
+        self.paired(given.blank(), self.spec.blank())
 
     def denoising_loss(
         self,

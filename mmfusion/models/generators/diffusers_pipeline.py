@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from mmfusion.models.generators.base import TEXT_ENCODER, Generator, Sampling
 from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
+from mmfusion.models.generators.sampler_steps import check_steps
 from mmfusion.models.loading import checked_path, reading, refuse_missing
 from mmfusion.types import Conditioning, Media
 
@@ -126,6 +127,9 @@ class DiffusersPipeline(Generator):
     def noise_schedule(self) -> NoiseSchedule:
         return noise_schedule(self.configs["scheduler"])
 
+    def modules_by_name(self) -> Mapping[str, str]:
+        return {name: one.part for name, one in self.components.items() if name in self.configs}
+
     def build(self, parts: Collection[str], pretrained: bool = True) -> None:
         for name, component in self.components.items():
             wanted = component.part in parts and name in self.configs
@@ -195,10 +199,21 @@ class DiffusersPipeline(Generator):
     def predict(self, noisy: Tensor, timesteps_M: Tensor, given: Conditioning) -> Tensor:
         """As :meth:`denoise`, all in the denoiser's precision."""
 
+    def sampler(self) -> Any:
+        """A new scheduler of the pipeline's kind."""
+        import diffusers
+
+        config = self.configs["scheduler"]
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    def check(self, sampling: Sampling) -> None:
+        check_steps(self.sampler(), sampling.steps, self.path)
+
     @torch.no_grad()
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:
+        self.check(sampling)
         names = [name for name, one in self.components.items() if one.part != TEXT_ENCODER]
         with one_precision(*(getattr(self, name) for name in names)) as dtype:
             ours, none = (
@@ -223,15 +238,11 @@ class DiffusersPipeline(Generator):
             kind: its class.
             arguments: whatever else its constructor takes.
         """
-        import diffusers
-
         components = {
             component.folder: None if component.part == TEXT_ENCODER else getattr(self, name)
             for name, component in self.components.items()
         }
-        config = self.configs["scheduler"]
-        sampler = getattr(diffusers, config["_class_name"]).from_config(config)
-        made = kind(**components, scheduler=sampler, **arguments)
+        made = kind(**components, scheduler=self.sampler(), **arguments)
         made.set_progress_bar_config(disable=True)
         return made
 

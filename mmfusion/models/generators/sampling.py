@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +31,7 @@ def draw_latents(
         none: of as many, what guidance leads away from; of the same shapes.
         sampling: steps, scale and seed.
     """
-    import diffusers
-
-    config = generator.configs["scheduler"]
-    sampler: Any = getattr(diffusers, config["_class_name"]).from_config(config)
+    sampler = generator.sampler()
     sampler.set_timesteps(sampling.steps, device=generator.device)
     noise = sampling.noise(len(ours.tokens))
     first = torch.stack([torch.randn(*shape, generator=g) for g in noise])

@@ -21,6 +21,13 @@ class LLM(nn.Module, ABC):
     def hidden_dim(self) -> int:
         """Width D. Known before ``build``."""
 
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers :meth:`forward_layers` gives the states of; None where that is known only
+        when it runs. Known before ``build``.
+        """
+        return None
+
     @abstractmethod
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer with every added token of this recipe. Works before ``build``;

@@ -78,6 +78,10 @@ class HFCausalLM(LLM):
         # OPT-350M's embeddings and outputs are narrower than its layers.
         return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
 
+    @property
+    def num_layers(self) -> int | None:
+        return getattr(self.config.get_text_config(), "num_hidden_layers", None)
+
     @cached_property
     def _tokenizer(self) -> Any:
         folder = Path(self.path)

@@ -173,24 +173,20 @@ class Answering:
                 yield Asked(ref, question, index in shown, index in drawn)
 
     def _answer(self, group: Sequence[Asked]) -> list[Reply]:
-        """Greedy answers. A run of signal tokens that begins before the longest answer ends is
-        whole; what it adds is no part of the text.
-        """
-        signals = self._processor.signal_ids
-        longest = self._asking.max_new_tokens
+        """Greedy answers."""
         prompts = collate([asked.question.prompt for asked in group], self._processor)
         prompts = prompts.to(self._module.device)
         with precision(self._trainer):
             ids = generate(
                 self._module.model,
                 prompts,
-                max_new_tokens=longest + max([0, *map(len, signals.values())]),
+                max_new_tokens=self._asking.max_new_tokens,
                 do_sample=False,
             )
-            runs = [run for run in find_runs(ids, signals) if run.start < longest]
+            runs = find_runs(ids, self._processor.signal_ids)
             made = self._make(group, prompts, ids, runs)
-        texts = self._processor.tokenizer.batch_decode(ids[:, :longest], skip_special_tokens=True)
-        spoken = self._spoken(ids[:, :longest])
+        texts = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        spoken = self._spoken(ids)
         emitted = [
             _with_speech((run.modality for run in runs if run.row == row), aloud)
             for row, aloud in enumerate(spoken)
@@ -239,7 +235,8 @@ class Answering:
                 found += [pair for pair in zip(made, true, strict=False) if pair[1].data]
             if asked.shown:
                 given, said = tuple(sample.media), (question.text, reply.text, question.truth)
-                row = Answered(ref.source, given, *said, reply.made, wanted)
+                aloud = SPEECH in reply.emitted, question.spoken
+                row = Answered(ref.source, given, *said, reply.made, wanted, *aloud)
                 self._rows.append((number, ref.index, row))
         for modality, found in pairs.items():
             if found:

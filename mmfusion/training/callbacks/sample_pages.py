@@ -75,6 +75,8 @@ def _write(folder: Path, number: int, row: Answered) -> dict[str, Any]:
         "prompt": row.prompt,
         "answer": row.answer,
         "truth": row.truth,
+        "spoken": row.spoken,
+        "truth_spoken": row.truth_spoken,
         **{
             kind: [_keep(folder, f"{number:04d}-{kind}-{i}", item) for i, item in enumerate(items)]
             for kind, items in kinds.items()

@@ -37,6 +37,7 @@ class Answered:
         prompt, answer, truth: in words.
         made: media of the answer, where they were made.
         wanted: media of the true answer.
+        spoken, truth_spoken: whether words of the answer, and of the true one, are said aloud.
     """
 
     source: str
@@ -46,6 +47,8 @@ class Answered:
     truth: str
     made: tuple[Media, ...] = ()
     wanted: tuple[Media, ...] = ()
+    spoken: bool = False
+    truth_spoken: bool = False
 
 
 def log_table(

@@ -91,6 +91,12 @@ class Validation(L.Callback):
                 f"validation.judges judge media of {sorted(judges)}, but none are made; set "
                 "validation.media_samples, or leave the judges out."
             )
+        for modality, judge in (judges or {}).items():
+            if judge.modality not in (None, modality):
+                raise ValueError(
+                    f"validation.judges.{modality}: {type(judge).__name__} judges media of the "
+                    f"modality {judge.modality}, as it is set up here; expected {modality}."
+                )
         if not isinstance(sampling.seed, int):
             raise ValueError(
                 f"validation.sampling.seed is {sampling.seed}; expected one number, from which "
@@ -116,20 +122,34 @@ class Validation(L.Callback):
         if not self.asking.media_samples or not data_of(trainer).val_sources:
             return
         model = _module(pl_module).model
-        if odd := sorted(set(self.judges) - set(model.generators)):
-            raise ValueError(
-                f"validation.judges judge {odd}; the model makes {sorted(model.generators)}."
-            )
         self.need(model)
         with torch.random.fork_rng():
             for judge in self.judges.values():
                 judge.build()
 
     def need(self, model: AnyToAnyModel) -> None:
-        """Have the parts of the generators that making media takes."""
-        if self.asking.media_samples:
-            for modality in model.generators:
-                model.need(modality, PARTS)
+        """Have the parts of the generators that making media takes.
+
+        Raises:
+            ValueError: where media cannot be made so, or not be judged.
+        """
+        if not self.asking.media_samples:
+            return
+        if odd := sorted(set(self.judges) - set(model.generators)):
+            raise ValueError(
+                f"validation.judges judge {odd}; the model makes {sorted(model.generators)}."
+            )
+        for modality in model.generators:
+            generator = model.generator(modality)
+            try:
+                generator.check(self.asking.sampling)
+                generator.check_paired(model.given(modality))
+            except ValueError as error:
+                raise ValueError(
+                    f"validation.media_samples is {self.asking.media_samples}, but the generator "
+                    f"of {modality} cannot make media as the recipe says: {error}"
+                ) from error
+            model.need(modality, PARTS)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fresh sums."""

@@ -21,6 +21,7 @@ from mmfusion.data.reader import Budget, Reader
 from mmfusion.data.validation import spread
 from mmfusion.inference import Chat
 from mmfusion.metrics.judges.classifier import ClassifierJudge
+from mmfusion.metrics.judges.frechet import FrechetDistance
 from mmfusion.models.generators.base import PARTS, TEXT_ENCODER, Sampling
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.training.callbacks.validation import Validation
@@ -28,6 +29,7 @@ from mmfusion.training.loggers import read_metrics
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import Media, SampleRef
+from tests.models.tiny import TinyEncoder
 from tests.training.callbacks.test_validation import trainer_of
 from tests.training.pictures import FULL, NEW, NEXT_TOKEN, objective, prepare, recipe
 from tests.training.tiny import fit, losses
@@ -256,6 +258,9 @@ def test_what_cannot_be_meant_is_refused(home: Path) -> None:
         Validation(judges={"image": Bright()})
     with pytest.raises(ValueError, match=r"sampling\.seed is \(1, 2\); expected one number"):
         Validation(sampling=Sampling(seed=(1, 2)))
+    encoder = TinyEncoder("image")
+    with pytest.raises(ValueError, match=r"judges\.audio: FrechetDistance judges .* image,"):
+        Validation(media_samples=1, judges={"audio": FrechetDistance(encoder)})
     with pytest.raises(ValueError, match=r"media_samples is -1"):
         Validation(media_samples=-1)
     module, data = built(home)

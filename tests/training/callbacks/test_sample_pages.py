@@ -24,6 +24,8 @@ def test_a_page_shows_prompt_truth_and_what_was_made(tmp_path: Path) -> None:
     assert '<img src="0000-made-0.png"' in page
     assert '<video controls src="0000-media-0.mp4#t=0.5,2.0">' in page
     assert '<audio controls src="0000-wanted-0.x">' in page
+    assert page.count('<p class="tag">w1 &amp; w2</p>') == 2  # of both pictures
+    assert "said aloud" not in page
     (line,) = (tmp_path / "val-00000004" / "samples.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert (row["prompt"], row["answer"], row["truth"]) == ("<b>draw</b>", "here", "")
@@ -34,6 +36,16 @@ def test_a_page_shows_prompt_truth_and_what_was_made(tmp_path: Path) -> None:
         "index.html", "samples.jsonl", "0000-media-0.mp4", "0000-made-0.png", "0000-wanted-0.x",
         "0000-wanted-1.png",
     }  # fmt: skip
+
+
+def test_a_page_tells_what_is_said_aloud(tmp_path: Path) -> None:
+    row = replace(ROW, truth="there", truth_spoken=True)
+    page = write_page(tmp_path / "page", [row]).read_text()
+    assert page.count("said aloud") == 1
+    assert '<p>there <span class="tag">(said aloud)</span></p>' in page
+    assert "said aloud)" in write_page(tmp_path / "page", [replace(ROW, spoken=True)]).read_text()
+    (line,) = (tmp_path / "page" / "samples.jsonl").read_text().splitlines()
+    assert (json.loads(line)["spoken"], json.loads(line)["truth_spoken"]) == (True, False)
 
 
 def test_what_is_too_large_is_named_but_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
