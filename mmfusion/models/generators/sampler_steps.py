@@ -38,8 +38,10 @@ def _takes(sampler: Any, steps: int) -> bool:
         sampler.set_timesteps(steps)
     except ValueError:
         return False
-    times = torch.as_tensor(sampler.timesteps)
-    # Samplers with sigmas interpolate in the table.
-    if not hasattr(sampler, "sigmas") and times.max() >= len(table):
-        return False
-    return len(times.unique()) >= min(steps, 2)  # else all are at one level: nothing is drawn
+    if hasattr(sampler, "sigmas"):  # it interpolates in the table; the last is where it arrives
+        levels = torch.as_tensor(sampler.sigmas)[:-1]
+    else:
+        levels = torch.as_tensor(sampler.timesteps)
+        if levels.max() >= len(table):
+            return False
+    return len(levels.unique()) >= steps  # steps that go nowhere: some samplers divide by them

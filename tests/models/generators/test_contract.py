@@ -105,6 +105,16 @@ def item(given: Conditioning, m: int) -> Conditioning:
     return Conditioning(*(None if part is None else part[m : m + 1] for part in parts))
 
 
+def test_it_tells_before_it_is_built_what_can_be_paired_sampled_and_tuned(case: Case) -> None:
+    fresh = case.family.make(case.path)
+    fresh.check_paired(fresh.spec)
+    fresh.check(Sampling(steps=3))
+    named = fresh.modules_by_name()
+    assert set(named.values()) <= PARTS
+    built = {name for name, _ in case.generator.named_children()}
+    assert built == set(named)
+
+
 def test_the_text_encoding_is_that_of_the_pipeline(case: Case) -> None:
     captions = ["a b", "c d e"]
     spec, found = case.generator.spec, case.generator.encode_text(captions)
