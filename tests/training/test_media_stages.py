@@ -262,7 +262,7 @@ def test_steps_that_the_sampler_cannot_take_are_refused_before_anything_is_said(
         main(["chat", str(stage2), "--media_steps=100", "--device=cpu"])
     assert re.search(f"--media_steps=100 cannot be: {message}", capsys.readouterr().err)
     bad = {"media_samples": 1, "sampling": {"steps": 101}}
-    with pytest.raises(ValueError, match=r"media_samples is 1, .* steps is 101, .* 99 at most"):
+    with pytest.raises(ValueError, match=r"media_samples is 1, .*\.steps is 101, .* 99 at most"):
         description(str(recipe(home, data__val_sources=val_sources(home), validation=bad)))
 
 

@@ -168,6 +168,9 @@ class StableAudio(DiffusersPipeline):
             rotary_embedding=rotary,
         ).sample
 
+    def check(self, sampling: Sampling) -> None:
+        """Its sampler, which is not diffusers', takes any number of steps."""
+
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:

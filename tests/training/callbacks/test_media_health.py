@@ -167,7 +167,7 @@ def test_emission_is_counted_over_the_answers_the_model_gives(
     for name, source in data.val_sources.items():
         for index in spread(len(source), 12):
             sample = source[index]
-            answer = chat.generate([sample.messages[0]], max_new_tokens=5, sampling=STEPS)
+            answer = chat.generate([sample.messages[0]], max_new_tokens=3, sampling=STEPS)
             media = bool(answer.media)
             given, wanted = given + media, wanted + (name == "pairs")
             right += media and name == "pairs"
