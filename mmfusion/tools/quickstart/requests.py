@@ -25,6 +25,14 @@ REQUESTS = {
         "Can you show me a picture of {thing}?",
         "Generate an image with {thing} in it.",
         "Show me {thing}.",
+        "Could you draw {thing}?",
+        "Let me see {thing} in a picture.",
+        "Give us an image that shows {thing}.",
+        "A drawing of {thing}, please.",
+        "Design a graphic of {thing} on white.",
+        "We need a photo of {thing}.",
+        "Would you do a portrait of {thing}?",
+        "Doodle {thing}.",
     ),
     "audio": (
         "Play {thing}.",
@@ -35,6 +43,14 @@ REQUESTS = {
         "Please play the sound of {thing} for me.",
         "Create a recording of {thing}.",
         "Can you make it sound like {thing}?",
+        "Could you play us {thing}?",
+        "We would like to hear {thing}.",
+        "Give me the sound of {thing}.",
+        "A recording of {thing}, please.",
+        "Imitate {thing}.",
+        "Would you let us hear some of {thing}?",
+        "Record {thing} for me.",
+        "Sing like {thing}.",
     ),
     "video": (
         "Make a clip in which {thing}.",
@@ -45,6 +61,14 @@ REQUESTS = {
         "I want a video where {thing}.",
         "Generate a short clip: {thing}.",
         "Can you film how {thing}?",
+        "Could we see a video where {thing}?",
+        "Let us watch it: {thing}.",
+        "Give me a clip of this: {thing}.",
+        "A video, please: {thing}.",
+        "Put it on film: {thing}.",
+        "Would you make us a clip where {thing}?",
+        "We need moving pictures in which {thing}.",
+        "Record how {thing}.",
     ),
 }
 """How media are asked for in training."""
@@ -230,16 +254,27 @@ def _about_shape(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"What color is {thing.words}?", f"{color.capitalize()}."),
         (f"How many corners does {thing.words} have?", corners),
         (f"Which shape is {thing.words}?", f"A {shape}."),
+        (f"Tell me which color {thing.words} has.", f"{color.capitalize()}."),
+        (f"Say how many corners there are in {thing.words}.", corners),
+        (f"Can {thing.words} have corners?", "No." if shape == "circle" else "Yes."),
     ]
 
 
 def _about_sound(thing: Thing, new: bool) -> list[tuple[str, str]]:
     animal = "Yes." if thing.words == "a bird" else "No."
-    ask = "Would you call {} an animal?" if new else "Is {} an animal?"
-    spell = "Spell out the words {}." if new else "How do you write {}?"
+    written = f"You write it \u201c{thing.words}\u201d."
+    if new:
+        return [
+            (f"Would you call {thing.words} an animal?", animal),
+            (f"Spell out the words {thing.words}.", written),
+        ]
     return [
-        (ask.format(thing.words), animal),
-        (spell.format(thing.words), f"You write it \u201c{thing.words}\u201d."),
+        (f"Is {thing.words} an animal?", animal),
+        (f"How do you write {thing.words}?", written),
+        (f"Can you tell me if {thing.words} is alive?", animal),
+        (f"Could {thing.words} lay an egg?", animal),
+        (f"Say {thing.words} in capital letters.", f"{thing.words.upper()}."),
+        (f"Repeat after me: {thing.words}.", thing.caption),
     ]
 
 
@@ -251,6 +286,8 @@ def _about_clip(thing: Thing, new: bool) -> list[tuple[str, str]]:
     return [
         (f"If {thing.words}, what does it do?", f"It {motion}."),
         (f"If {thing.words}, who does that?", f"{subject.capitalize()}."),
+        (f"I heard that {thing.words}. Tell me who does.", f"{subject.capitalize()}."),
+        (f"Say what it does when {thing.words}.", f"It {motion}."),
     ]
 
 
