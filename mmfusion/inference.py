@@ -26,6 +26,7 @@ from transformers import (
 from mmfusion.data.collate import collate
 from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
+from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.models.generation import find_runs, generate, make_media, split_speech
 from mmfusion.models.generators.base import Sampling
 from mmfusion.objectives.next_token import NextToken
@@ -60,7 +61,8 @@ def load(
         run_dir: a run directory.
         step: the checkpoint of this step; None takes the newest complete one.
         device: where to run; None takes a GPU where there is one.
-        dtype: of all weights and statistics; None keeps the recipe's. Positions stay in fp32.
+        dtype: of all weights and statistics; None keeps the recipe's, but for half precision on a
+            CPU that has no instructions for it: fp32 there. Positions stay in fp32.
 
     Raises:
         FileNotFoundError: where there is no such run or checkpoint.
@@ -68,10 +70,11 @@ def load(
     model = load_module(run_dir, step).model
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is not None:
-        for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
+    for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
+        if dtype is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+        elif tensor.dtype in HALF and not computes_bfloat16(device):
+            tensor.data = tensor.data.float()
     try:
         return Chat(model.to(device))
     except (RuntimeError, AssertionError) as error:

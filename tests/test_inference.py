@@ -14,6 +14,7 @@ import torch
 import mmfusion
 from mmfusion.inference import Answer, Chat
 from mmfusion.objectives.next_token import NextToken
+from mmfusion.training.rebuild import load_module
 from mmfusion.types import Media, Message, Sample, Text
 from tests.training.tiny import fit, write_recipe
 
@@ -183,6 +184,20 @@ def test_load_in_half_precision_answers(run_dir: Path) -> None:
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     assert isinstance(half.generate(PROMPTS[0], max_new_tokens=3), str)
     assert half.score([Sample((*PROMPTS[0], Message("assistant", (Text("w1"),))))])[1] > 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_is_kept_where_the_cpu_computes_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    rebuilt = load_module(run_dir)
+    rebuilt.model.llm.to(torch.bfloat16)
+    monkeypatch.setattr(mmfusion.inference, "load_module", lambda *_: rebuilt)
+    monkeypatch.setattr(mmfusion.inference, "computes_bfloat16", lambda device: fast)
+    chat = mmfusion.load(run_dir, device="cpu")
+    expected = torch.bfloat16 if fast else torch.float32
+    assert {p.dtype for p in chat.model.llm.parameters()} == {expected}
+    assert isinstance(chat.generate(PROMPTS[0], max_new_tokens=3), str)
 
 
 def test_load_leaves_the_global_generator(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from mmfusion.models.bfloat16 import computes_bfloat16
 from mmfusion.models.generators.base import Generator
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.training.callbacks.step_bar import StepBar
@@ -36,13 +37,13 @@ class Effort:
         steps: of the optimizer.
         batch: items a step.
         lr: peak rate of AdamW, after a warmup; it falls to 0.
-        precision: of the Trainer.
+        precision: of the Trainer; None takes bf16-mixed where that is fast.
     """
 
     steps: int
     batch: int = 16
     lr: float = 1e-3
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    precision: Literal["bf16-mixed", "32-true"] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.lr <= 0:
@@ -215,9 +216,10 @@ def run_fit(fit: Fit, items: Mapping[str, Tensor], log_dir: Path, seed: int) -> 
 
 
 def _train(fit: Fit, loader: Any, log_dir: Path) -> None:
+    usual: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if computes_bfloat16() else "32-true"
     trainer = L.Trainer(
         max_steps=fit.effort.steps,
-        precision=fit.effort.precision,
+        precision=fit.effort.precision or usual,
         gradient_clip_val=1.0,
         logger=CSVLogger(log_dir, name=type(fit).__name__, version=""),
         log_every_n_steps=min(10, fit.effort.steps),

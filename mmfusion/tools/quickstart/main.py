@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ SMALL = {
     ],
 }
 """What ``--small`` changes in the recipes."""
+IN_FLOAT32 = [
+    "--trainer.precision=32-true",
+    "--model.llm.init_args.dtype=float32",
+    "--model.encoders.audio.init_args.dtype=float32",
+]
+"""What changes on CPUs that have no instructions for bfloat16."""
 SMALL_GENERATORS = {
     "image": ["--autoencoder.steps=40", "--denoiser.steps=40"],
     "audio": ["--autoencoder.steps=20", "--denoiser.steps=20"],
@@ -108,14 +115,14 @@ def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = F
 
         print_manifest(build_datasets(packages, hashes))
     with steps.next("Stage 1: the projectors learn to caption"):
-        fit([recipes / f"{STAGE1}.yaml"], run / STAGE1, _small(STAGE1, small))
+        fit([recipes / f"{STAGE1}.yaml"], run / STAGE1, changes(STAGE1, small))
     if with_baselines:
         with steps.next("The same stage without media, to compare with"):
             files = [recipes / f"{STAGE1}.yaml", recipes / "no_media.yaml"]
-            fit(files, run / NO_MEDIA, _small(STAGE1, small))
+            fit(files, run / NO_MEDIA, changes(STAGE1, small))
     with steps.next("Stage 3: projectors and LoRA learn to answer"):
         start = [f"--model.init_from={run / STAGE1}"]
-        fit([recipes / "3_instruct.yaml"], run, [*start, *_small("3_instruct", small)])
+        fit([recipes / "3_instruct.yaml"], run, [*start, *changes("3_instruct", small)])
     with steps.next("Measure on concepts that were never trained on, and report"):
         from mmfusion.tools.quickstart.figures import BOUNDS_OF_SMALL, measure_run, print_figures
         from mmfusion.tools.quickstart.report import write_report
@@ -157,10 +164,10 @@ def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None
         refuse_outdated(run / name, GENERATORS if not small else [f"{m}-small" for m in GENERATORS])
     with steps.next("Stage 2: signal tokens and output projectors"):
         start = [f"--model.init_from={run}", *paths]
-        fit([recipes / f"{STAGE2}.yaml"], run / STAGE2, [*start, *_small(STAGE2, small)])
+        fit([recipes / f"{STAGE2}.yaml"], run / STAGE2, [*start, *changes(STAGE2, small)])
     with steps.next("The last stage: to answer in words or with media, as is asked"):
         start = [f"--model.init_from={run / STAGE2}", *paths]
-        fit([recipes / f"{LAST}.yaml"], run / ANSWERING, [*start, *_small(LAST, small)])
+        fit([recipes / f"{LAST}.yaml"], run / ANSWERING, [*start, *changes(LAST, small)])
     with steps.next("Measure the answers with media, and report"):
         from mmfusion.tools.quickstart.media_figures import measure_and_report
 
@@ -168,8 +175,20 @@ def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None
         measure_and_report(run / ANSWERING, stages, judges, steps.seconds, small)
 
 
-def _small(stage: str, small: bool) -> list[str]:
-    return SMALL[stage] if small else []
+def changes(stage: str, small: bool) -> list[str]:
+    """What changes in the recipe of a stage here."""
+    return [*(SMALL[stage] if small else []), *([] if fast_bfloat16() else IN_FLOAT32)]
+
+
+@cache
+def fast_bfloat16() -> bool:
+    """Whether what trains here computes in bfloat16."""
+    from mmfusion.models.bfloat16 import computes_bfloat16
+
+    fast = bool(apart(computes_bfloat16))
+    if not fast:
+        print("   this CPU has no instructions for bfloat16: training in float32, which is slower")
+    return fast
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from mmfusion.audit import check_reaches_loss
+from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch
@@ -45,6 +46,8 @@ class Audit(L.Callback):
         table = module.audit
         assert table is not None
         log.info("what trains:\n%s", table)
+        if not computes_bfloat16(module.device):
+            _warn_of_half(module, str(trainer.precision))
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
             columns = [field.name for field in fields(table.rows[0])]
             rows = [list(astuple(row)) for row in table.rows]
@@ -97,6 +100,18 @@ class Audit(L.Callback):
                 hook.remove()
             check_reaches_loss(cast(MultimodalModule, pl_module).model, self._reached)
             self._checked = True
+
+
+def _warn_of_half(module: MultimodalModule, precision: str) -> None:
+    parts = {".".join(n.split(".")[1:3]) for n, p in module.named_parameters() if p.dtype in HALF}
+    places = [*(["trainer.precision"] if "16" in precision else []), *sorted(parts)]
+    if places:
+        log.warning(
+            "%s: half precision, for which this CPU has no instructions: it may take a hundred "
+            "times as long as float32. Use --trainer.precision=32-true, and dtype: float32 of the "
+            "parts (--model.llm.init_args.dtype=float32)",
+            ", ".join(places),
+        )
 
 
 def _training_modalities(module: MultimodalModule) -> list[str]:

@@ -65,6 +65,22 @@ def test_all_stages_use_the_same_parts():
         assert second[part] == last[part]
 
 
+def test_what_changes_without_bfloat16_is_all_that_uses_it(monkeypatch):
+    def halves(value, path=""):
+        if isinstance(value, dict):
+            return {place for key in value for place in halves(value[key], f"{path}.{key}")}
+        return {path[1:]} if str(value) in ("bfloat16", "float16", "bf16-mixed") else set()
+
+    for name in main.SMALL:
+        recipe = yaml.safe_load((find_recipes() / f"{name}.yaml").read_text())
+        assert halves(recipe) == {line[2:].split("=")[0] for line in main.IN_FLOAT32}
+    for fast, expected in ((True, []), (False, main.IN_FLOAT32)):
+        monkeypatch.setattr(main, "fast_bfloat16", lambda fast=fast: fast)
+        assert main.changes("3_instruct", small=False) == expected
+        small = main.changes("3_instruct", small=True)
+        assert small == [*main.SMALL["3_instruct"], *expected]
+
+
 def test_times_of_all_starts_add_up(tmp_path, capsys):
     for _ in range(2):
         steps = Steps(tmp_path / "run" / "times.json", count=1)

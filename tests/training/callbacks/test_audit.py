@@ -3,6 +3,7 @@
 import pytest
 
 from mmfusion.data.writer import ShardWriter
+from mmfusion.training.callbacks import audit
 from tests.training.tiny import fit, write_recipe
 
 ENCODER = "tests.models.tiny.TinyEncoder"
@@ -21,6 +22,20 @@ def test_a_modality_that_trains_without_a_sample_is_named(tmp_path, capsys):
     )
     fit(recipe)
     assert "last 4 steps held media of audio, though" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision", "warned"),
+    [(False, "bf16-mixed", True), (False, "32-true", False), (True, "bf16-mixed", False)],
+)
+def test_half_precision_is_named_where_the_cpu_has_no_instructions_for_it(
+    tmp_path, capsys, monkeypatch, fast, precision, warned
+):
+    monkeypatch.setattr(audit, "computes_bfloat16", lambda device: fast)
+    fit(write_recipe(tmp_path, trainer__max_steps=1, trainer__precision=precision,
+                     model__schedule={"warmup_steps": 0}))  # fmt: skip
+    said = "trainer.precision: half precision, for which this CPU has no instructions"
+    assert (said in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize("steps", [1, 2])
