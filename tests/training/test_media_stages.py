@@ -27,8 +27,9 @@ from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.rebuild import load_module
 from mmfusion.training.resume import find
 from mmfusion.types import Media, Message, Sample, Text
+from tests.models.tiny import save_llm
 from tests.training.pictures import FULL, LORA, NEW, NEXT_TOKEN, objective, prepare, recipe
-from tests.training.tiny import fit, refused
+from tests.training.tiny import fit, refused, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,29 @@ def test_stage_3_keeps_what_stage_2_trained_bit_for_bit(home: Path, stage2: Path
     assert all(torch.equal(later[name], earlier[name]) for name in earlier)
     llm = load_module(run).model.llm
     assert llm.new_tokens == ["<image_0>", "<image_1>", "<image_2>"]
+
+
+def test_rows_of_a_tied_model_are_one_in_embeddings_and_head_in_every_stage(tmp_path: Path) -> None:
+    home = prepare(tmp_path)
+    save_llm(home / "llm", tie_word_embeddings=True)
+    write_shards(home, "words", 20, media="", seed=1)
+    frozen = {**NEW, "init_args": {"lr": 1e-3, "train": False}}
+    two = fit(recipe(home, run_dir=f"{home}/two", **SHORT)).path
+    later = {"model__tuning": {"llm": [LORA, frozen]}, "model__init_from": str(two)}
+    three = fit(recipe(home, run_dir=f"{home}/three", **later, **SHORT)).path
+    found = []
+    for run in (two, three):
+        llm: Any = load_module(run).model.llm
+        ids = torch.tensor(llm.new_token_ids)
+        with torch.no_grad():
+            head = llm.logits(torch.eye(llm.hidden_dim))[:, ids].T
+            torch.testing.assert_close(llm.embed(ids[None])[0], head)
+        found.append(head)
+        state = read_checkpoint(find(run))["state_dict"]
+        saved = [state[name] for name in state if "trainable_tokens_delta" in name]
+        assert all(torch.equal(delta, saved[0]) for delta in saved)
+    assert torch.equal(*found)
+    assert torch.pdist(found[0]).min() > 0  # they began as one row
 
 
 def test_stage_2_goes_on_exactly_noise_included(home: Path, stage2: Path) -> None:

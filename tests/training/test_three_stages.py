@@ -21,6 +21,7 @@ from torch import Tensor
 import mmfusion
 from mmfusion.cli import main
 from mmfusion.data.collate import collate
+from mmfusion.data.features import MANIFEST
 from mmfusion.inference import Chat
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generation import conditioning_of, find_runs, generate
@@ -115,6 +116,23 @@ def test_what_a_stage_trained_is_what_the_next_begins_with_bit_for_bit(
     one, two, three = (state(runs[stage]) for stage in (1, 2, 3))
     assert all(torch.equal(two[name], one[name]) for name in one)
     assert set(one) < set(two) < set(three)
+
+
+def test_stage_2_on_stored_features_of_all_its_parts_loses_the_same(
+    home: Path, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    """The encoder's, and of both generators: of one vector a text, and of spectrograms."""
+    recipe = stage_2(home, run_dir=str(tmp_path / "stored"))
+    main(["data", "encode", str(recipe), "--out", str(tmp_path / "f"), "--media=instead"])
+    made = json.loads((tmp_path / "f" / MANIFEST).read_text())["parts"]
+    assert {*made} == {
+        "generators.image.text_encoder", "generators.image.vae", "generators.audio.text_encoder",
+    }  # fmt: skip
+    stored = fit(recipe, f"--data.features={tmp_path}/f").path
+    found, live = curves(stored), curves(runs[2])
+    assert len(found["train/loss"]) == 16
+    for name in ("loss", "next_token", "align_image", "align_audio", "denoise"):
+        assert found[f"train/{name}"] == pytest.approx(live[f"train/{name}"], rel=1e-4, abs=1e-5)
 
 
 def asked(word: str) -> dict[str, list[Message]]:
