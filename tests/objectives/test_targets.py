@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from math import inf, nan
 from pathlib import Path
@@ -288,6 +289,35 @@ def test_what_a_projector_cannot_give_is_refused_before_anything_is_loaded(
     message = r"Denoising of image by StableDiffusion3: .* attends to text and picture at once"
     with pytest.raises(ValueError, match=message):
         module_of(tmp_path, Linear, Denoising("image", drop_condition=0.1), jointly)
+
+
+class Wide(Linear):
+    """Another width than the generator takes, or a pooled vector that nothing takes."""
+
+    def __init__(self, in_dim: int, spec: ConditioningSpec, dim: int, pooled_dim: int) -> None:
+        super().__init__(in_dim, replace(spec, dim=dim, pooled_dim=pooled_dim))
+
+
+@pytest.mark.parametrize(
+    ("dim", "pooled_dim", "message"),
+    [
+        (33, 0, r"\(Wide\) gives .* width 33 with a pooled vector of 0, .* takes 32 and 0"),
+        (32, 7, r"\(Wide\) gives .* width 32 with a pooled vector of 7, .* takes 32 and 0"),
+    ],
+)
+def test_a_projector_of_another_width_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, dim: int, pooled_dim: int, message: str
+) -> None:
+    """Whatever the objectives are: denoising alone would find it in the U-Net's first layer."""
+    for name in ("sd", "llm"):
+        shutil.copytree(
+            folder / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    generator = StableDiffusion(str(tmp_path / "sd"))
+    wide = partial(Wide, dim=dim, pooled_dim=pooled_dim)
+    with pytest.raises(ValueError, match=message):
+        module_of(tmp_path, wide, Denoising("image"), generator)
+    module_of(tmp_path, partial(Wide, dim=32, pooled_dim=0), Denoising("image"), generator)
 
 
 @pytest.mark.parametrize("weight", [-1.0, nan, inf])

@@ -11,16 +11,18 @@ import torch
 
 from mmfusion import tuning
 from mmfusion.data.collate import collate
+from mmfusion.inference import Chat
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generators.base import PARTS
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.text_to_video_sd import TextToVideoSD
 from mmfusion.models.generators.wan import Wan
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
+from mmfusion.processing.videos import decode_video
 from mmfusion.tuning import Full, NewTokens
-from mmfusion.types import Batch, ConditioningSpec, Message, Sample, SampleRef, Text
+from mmfusion.types import Batch, ConditioningSpec, Media, Message, Sample, SampleRef, Text
 from tests.models.generators.families import clip
 from tests.models.generators.tiny import save_text_to_video_sd, save_wan
 from tests.models.tiny import save_llm
@@ -89,3 +91,22 @@ def test_without_clips_the_graph_is_the_same_and_the_loss_zero(model: AnyToAnyMo
     assert [float(loss.total.detach()) for loss in losses] == [0.0, 0.0]
     (sum(loss.total for loss in losses) + output.idle).backward()
     assert all(p.grad is not None for p in model.output_projectors.parameters())
+
+
+def test_an_answer_is_a_clip(model: AnyToAnyModel) -> None:
+    """Forced to begin with the first signal token, it is drawn from the answer's own states."""
+    chat = Chat(model)
+    first = chat.processor.signal_ids["video"][0]
+    vocabulary = model.llm.logits(torch.zeros(1, model.llm.hidden_dim)).shape[-1]
+    others = [i for i in range(vocabulary) if i != first]
+    asked = [[Message("user", (Text(words),))] for words in ("w1 w2", "w3")]
+    sampling = Sampling(steps=2, guidance_scale=3.0, seed=1)
+    answers = chat.generate(asked, max_new_tokens=3, suppress_tokens=others, sampling=sampling)
+    num_frames = 5 if isinstance(model.generator("video"), Wan) else 2
+    for answer in answers:
+        (made,) = answer.parts
+        assert isinstance(made, Media)
+        assert (made.modality, made.format) == ("video", "mp4")
+        frames = decode_video(made.data, "mp4", num_frames=num_frames)
+        assert frames.shape == (num_frames, 3, 16, 32)
+    assert answers[0].media[0].data != answers[1].media[0].data

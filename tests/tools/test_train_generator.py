@@ -21,6 +21,7 @@ from mmfusion.data.source import Source
 from mmfusion.data.writer import ShardWriter
 from mmfusion.models.generators.base import PARTS, VAE, Sampling
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
+from mmfusion.models.generators.untrained import write_untrained
 from mmfusion.models.generators.wan import Wan
 from mmfusion.tools.quickstart.pictures import encode_mp4
 from mmfusion.tools.train_generator import Examples, read_recipe, train_generator
@@ -198,6 +199,22 @@ def test_shipped_recipes_parse_and_name_what_exists(modality: str) -> None:
     recipe = read_recipe(str(RECIPES / f"{modality}.yaml"))
     denoiser = "transformer" if modality == "video" else "unet"
     assert {"vae", denoiser, "text_encoder", "scheduler"} <= set(recipe.components)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "video"])
+def test_weights_of_shipped_recipes_take_at_most_10_mb(modality: str, tmp_path: Path) -> None:
+    """Before they are trained: as many numbers, in the half precision that they are kept in."""
+    recipe = read_recipe(str(RECIPES / f"{modality}.yaml"))
+    folder, captions = tmp_path / "pipeline", [f"some words w{i}" for i in range(300)]
+    write_untrained(folder, recipe.pipeline, recipe.components, captions, recipe.words)
+    generator: Any = recipe.make(str(folder))
+    generator.build(PARTS, pretrained=False)
+    for name, component in generator.components.items():
+        getattr(generator, name).half().save_pretrained(folder / component.folder)
+    sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+    assert len(sizes) >= 3
+    assert 2**20 < sum(sizes) <= 10 * 2**20
+    assert not list(folder.rglob("*.bin"))
 
 
 @pytest.mark.parametrize(

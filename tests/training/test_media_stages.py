@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import mmfusion
 from mmfusion.cli import main
 from mmfusion.inference import Chat
 from mmfusion.models.generation import Run, WholeRuns, conditioning_of, find_runs
-from mmfusion.models.generators.base import Sampling
+from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.tools.chat import Session
 from mmfusion.tools.describe import description
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.rebuild import load_module
 from mmfusion.training.resume import find
 from mmfusion.types import Media, Message, Sample, Text
+from tests.models.tiny import save_llm
 from tests.training.pictures import FULL, LORA, NEW, NEXT_TOKEN, objective, prepare, recipe
-from tests.training.tiny import fit, refused
+from tests.training.tiny import fit, refused, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,29 @@ def test_stage_3_keeps_what_stage_2_trained_bit_for_bit(home: Path, stage2: Path
     assert llm.new_tokens == ["<image_0>", "<image_1>", "<image_2>"]
 
 
+def test_rows_of_a_tied_model_are_one_in_embeddings_and_head_in_every_stage(tmp_path: Path) -> None:
+    home = prepare(tmp_path)
+    save_llm(home / "llm", tie_word_embeddings=True)
+    write_shards(home, "words", 20, media="", seed=1)
+    frozen = {**NEW, "init_args": {"lr": 1e-3, "train": False}}
+    two = fit(recipe(home, run_dir=f"{home}/two", **SHORT)).path
+    later = {"model__tuning": {"llm": [LORA, frozen]}, "model__init_from": str(two)}
+    three = fit(recipe(home, run_dir=f"{home}/three", **later, **SHORT)).path
+    found = []
+    for run in (two, three):
+        llm: Any = load_module(run).model.llm
+        ids = torch.tensor(llm.new_token_ids)
+        with torch.no_grad():
+            head = llm.logits(torch.eye(llm.hidden_dim))[:, ids].T
+            torch.testing.assert_close(llm.embed(ids[None])[0], head)
+        found.append(head)
+        state = read_checkpoint(find(run))["state_dict"]
+        saved = [state[name] for name in state if "trainable_tokens_delta" in name]
+        assert all(torch.equal(delta, saved[0]) for delta in saved)
+    assert torch.equal(*found)
+    assert torch.pdist(found[0]).min() > 0  # they began as one row
+
+
 def test_stage_2_goes_on_exactly_noise_included(home: Path, stage2: Path) -> None:
     half = fit(recipe(home, run_dir=str(home / "half"), checkpoint__every_n_steps=4)).path
     (half / "checkpoints" / "step-00000012.ckpt").unlink()
@@ -100,6 +125,26 @@ def test_what_no_objective_needs_is_not_loaded(home: Path, tmp_path: Path) -> No
     assert generator.text_encoder is not None
     assert generator.vae is None
     assert generator.denoiser is None
+
+
+def test_losses_are_summed_by_the_weights_of_their_objectives(home: Path, tmp_path: Path) -> None:
+    found = {}
+    for weight in (1.0, 0.25):
+        objectives = {"next_token": NEXT_TOKEN, "align": objective("align", weight=weight)}
+        path = recipe(
+            home, run_dir=f"{tmp_path}/{weight}", model__objectives=objectives, **SHORT,
+            model__tuning={"output_projectors": FULL, "llm": {**NEW, "init_args": {"lr": 0.0}}},
+        )  # fmt: skip
+        found[weight] = [
+            {key: float(row[f"train/{key}"]) for key in ("loss", "next_token", "align")}
+            for row in rows(fit(path).path)
+        ]
+    for row in (*found[1.0], *found[0.25]):
+        assert row["loss"] == pytest.approx(row["next_token"] + row["align"], rel=1e-5)
+    whole, quarter = found[1.0][0], found[0.25][0]
+    assert quarter["next_token"] == pytest.approx(whole["next_token"])
+    assert quarter["align"] == pytest.approx(0.25 * whole["align"])
+    assert whole["align"] > 0.01
 
 
 def val_sources(home: Path) -> dict[str, Any]:
@@ -241,6 +286,54 @@ def test_a_run_that_begins_within_the_longest_answer_is_completed(chat: Chat, lo
     assert (words.split(), words.media) == (["w7"] * longest, [])
     streamed = list(chat.generate(ask("w1"), stream=True, **options))
     assert [piece.data for piece in streamed] == [media.data for media in runs.media]
+
+
+def forced(chat: Chat, *answers: str) -> dict[str, Any]:
+    """An option of generate: each conversation is answered by these tokens; of a run of signal
+    tokens only the first is said.
+    """
+    tokenizer, signals = chat.processor.tokenizer, chat.processor.signal_ids["image"]
+    end, rows = tokenizer.eos_token_id, []
+    for answer in answers:
+        ids = tokenizer.convert_tokens_to_ids(answer.split())
+        whole = [new for i in ids for new in (signals if i == signals[0] else [i])]
+        rows.append([*whole, *[end] * 12])
+
+    def allowed(row: int, given: torch.Tensor) -> list[int]:
+        later = len(given) and int(given[-1]) in signals[:-1]
+        return [*range(len(tokenizer))] if later else [rows[row][len(given)]]
+
+    return {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": 12}
+
+
+def test_text_a_picture_and_text_are_one_answer_and_a_batch_is_drawn_together(chat: Chat) -> None:
+    """The rest of a run follows its first signal token without being asked for."""
+    said, talks = ["w5 <image_0> w6 w7", "<image_0> w8 <image_0>"], [ask("w31 w1"), ask("w32 w2")]
+    generator, calls = chat.model.generator("image"), []
+    chat.model.need("image", PARTS)
+    handle = generator.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    first, second = chat.generate(talks, sampling=SAMPLING, **forced(chat, *said))
+    assert len(calls) == SAMPLING.steps  # of three pictures and their guidance
+    handle.remove()
+    assert [p.text if isinstance(p, Text) else p.modality for p in first.parts] == [
+        "w5", "image", "w6 w7",
+    ]  # fmt: skip
+    assert [p.text if isinstance(p, Text) else p.modality for p in second.parts] == [
+        "image", "w8", "image",
+    ]  # fmt: skip
+    seeds = replace(SAMPLING, seed=(SAMPLING.seed + 1, SAMPLING.seed + 2))
+    alone = chat.generate(talks[1], sampling=seeds, **forced(chat, said[1]))
+    for one, both in zip(alone.media, second.media, strict=True):
+        assert np.abs(pixels(one) - pixels(both)).mean() < 0.5
+    assert np.abs(pixels(second.media[0]) - pixels(second.media[1])).mean() > 1
+    stream = chat.generate(talks[0], stream=True, sampling=SAMPLING, **forced(chat, said[0]))
+    *pieces, shown = stream
+    assert "".join(pieces).split() == ["w5", "w6", "w7"]
+    assert np.abs(pixels(shown) - pixels(first.media[0])).mean() < 0.5
+
+
+def pixels(media: Media) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(media.data))).astype(float)
 
 
 def test_a_run_for_which_the_llm_has_no_positions_does_not_begin() -> None:

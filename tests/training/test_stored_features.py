@@ -31,8 +31,9 @@ from mmfusion.tools.describe import description
 from mmfusion.training.rebuild import from_recipe
 from mmfusion.training.stored_parts import weights_of
 from tests.make_debug import make_debug
+from tests.recipes.tiny_cache import encoders, fill
 from tests.training import pictures
-from tests.training.tiny import fit, steps
+from tests.training.tiny import fit, steps, write_recipe
 
 DEBUG = Path(__file__).parents[2] / "recipes" / "debug.yaml"
 CLIP = "mmfusion.models.encoders.hf_vision.HFVision"
@@ -272,6 +273,41 @@ def test_weights_behind_linked_folders_tell_what_was_made(tmp_path: Path) -> Non
     assert [name for name in found if changed[name] != found[name]] == list(found)[1:]
 
 
+def test_sounds_and_clips_are_stored_as_pictures_are(tmp_path: Path) -> None:
+    """By encoders of other libraries, in one recipe; sounds are of different lengths."""
+    parts = encoders(tmp_path)
+    linear = {"class_path": "mmfusion.models.projectors.linear.Linear"}
+    converter = {"class_path": "mmfusion.data.converters.caption.Caption"}
+    sources = {"seen": {"shards": f"{tmp_path}/seen-*.tar", "converter": converter}}
+    fill({"model": {"encoders": parts}, "data": {"sources": sources}}, samples=9)
+    recipe = write_recipe(
+        tmp_path,
+        model__encoders=parts,
+        model__input_projectors=dict.fromkeys(parts, linear),
+        data__sources=sources,
+        data__pack_tokens=256,
+    )
+    main(["data", "encode", str(recipe), "--out", f"{tmp_path}/f", "--media=instead"])
+    stored = from_recipe(str(recipe), [f"--data.features={tmp_path}/f"])
+    found, expected = (tokens_of_one_batch(*made) for made in (stored, from_recipe(str(recipe))))
+    assert set(found) == {"image", "video", "audio"}
+    for modality, tokens in found.items():
+        assert len(tokens) > 1
+        torch.testing.assert_close(tokens, expected[modality], rtol=1e-4, atol=1e-5)
+    assert not list(stored[0].model.encoders.parameters())
+
+
+def tokens_of_one_batch(module: Any, data: Any) -> dict[str, torch.Tensor]:
+    """What the LLM gets of each medium."""
+    data.attach(module.model.processor())
+    batch = next(iter(data.train_dataloader()))
+    module.configure_model()
+    with torch.no_grad():
+        output = module.eval().model(batch)
+    assert not any(media.idle for media in batch.media.values())
+    return output.media_tokens
+
+
 def test_a_record_with_bad_features_is_left_out_and_counted(
     cache: Path, features: Path, tmp_path: Path
 ) -> None:
@@ -342,6 +378,35 @@ def test_stage_2_on_stored_encodings_loses_the_same(
     assert generator.stored_empty is None
     assert generator.text_encoder is not None
     assert generator.vae is not None
+
+
+@pytest.mark.parametrize("part", [TEXT_ENCODER, VAE])
+def test_changed_weights_of_a_generator_refuse_what_they_made(
+    home: Path, tmp_path: Path, part: str
+) -> None:
+    """Of the part that made it; the denoiser may be another."""
+    recipe = pictures.recipe(home)
+    name = f"generators.image.{part}"
+    main(["data", "encode", str(recipe), "--out", f"{tmp_path}/f", f"--parts=[{name}]"])
+    shutil.copytree(home / "sd", tmp_path / "sd")
+    use = [f"--data.features={tmp_path}/f"]
+    use += [f"--model.generators.image.init_args.path={tmp_path}/sd"]
+    change_weight(tmp_path / "sd" / "unet")
+    from_recipe(str(recipe), use)
+    (file,) = change_weight(tmp_path / "sd" / part)
+    said = rf"another {name} made:\n  weights.path.{part}/{file}: "
+    with pytest.raises(FeaturesError, match=said):
+        from_recipe(str(recipe), use)
+
+
+def change_weight(folder: Path) -> list[str]:
+    """Of each file of weights a little."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        weights = load_file(file)
+        max(weights.values(), key=torch.Tensor.numel).view(-1)[0] += 1e-3
+        save_file(weights, file, {"format": "pt"})
+    return [file.name for file in files]
 
 
 def test_infonce_reads_the_stored_encodings_of_the_whole_step(

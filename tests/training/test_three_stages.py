@@ -8,9 +8,11 @@ as it was found there.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 import mmfusion
+from mmfusion.cli import main
 from mmfusion.data.collate import collate
+from mmfusion.data.features import MANIFEST
 from mmfusion.inference import Chat
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.generation import conditioning_of, find_runs, generate
@@ -36,7 +40,7 @@ from mmfusion.types import Conditioning, Media, Message, Sample, SampleRef, Text
 from tests.models.generators.tiny import save_stable_diffusion
 from tests.models.tiny import llama_config, save_llm
 from tests.processing.conftest import CHATML, train
-from tests.training.pictures import SMALL
+from tests.training.pictures import NEXT_TOKEN, SMALL, objective
 from tests.training.three_stages import (
     COLORS,
     DRAW,
@@ -115,6 +119,38 @@ def test_what_a_stage_trained_is_what_the_next_begins_with_bit_for_bit(
     assert set(one) < set(two) < set(three)
 
 
+def test_stage_2_on_stored_features_of_both_generators_loses_the_same(
+    home: Path, tmp_path: Path
+) -> None:
+    """Of many tokens a text and of one vector."""
+    recipe = stage_2(home, model__init_from=None)
+    main(["data", "encode", str(recipe), "--out", str(tmp_path / "f"), "--media=instead"])
+    made = json.loads((tmp_path / "f" / MANIFEST).read_text())["parts"]
+    assert {*made} == {
+        "encoders.image", "generators.image.text_encoder", "generators.image.vae",
+        "generators.audio.text_encoder",
+    }  # fmt: skip
+    found, live = (
+        losses_of_two_batches(*from_recipe(str(recipe), given))
+        for given in ([f"--data.features={tmp_path}/f"], [])
+    )
+    assert set(live) == {"next_token", "align_image", "align_audio", "denoise"}
+    assert all(live.values())
+    assert found == pytest.approx(live, rel=1e-4)
+
+
+def losses_of_two_batches(module: Any, data: Any) -> dict[str, float]:
+    data.attach(module.model.processor())
+    module.configure_model()
+    module.eval()
+    sums = dict.fromkeys(module.objectives, 0.0)
+    for batch in itertools.islice(data.train_dataloader(), 2):
+        with torch.no_grad():
+            losses = module._losses(module.model(batch), batch)
+        sums = {name: sums[name] + float(loss.total) for name, loss in losses.items()}
+    return sums
+
+
 def asked(word: str) -> dict[str, list[Message]]:
     shown = Media("image", picture(word), "png")
     contents = {
@@ -135,6 +171,45 @@ def test_it_answers_in_words_with_pictures_or_with_sound_as_it_is_asked(chat: Ch
         assert [part.modality for part in drawn.parts] == ["image"]
         assert [part.modality for part in redrawn.parts] == ["image"]
         assert [part.modality for part in played.parts] == ["audio"]
+
+
+def test_the_chat_command_passes_steps_guidance_and_seed_on_to_what_is_drawn(
+    chat: Chat,
+    runs: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def drawn(steps: int, scale: float, seed: int) -> bytes:
+        folder = tmp_path / f"{steps}-{scale}-{seed}"
+        monkeypatch.setattr("sys.stdin", io.StringIO(f" {DRAW} w1\n"))
+        main([
+            "chat", str(runs[3]), "--device=cpu", "--max_new_tokens=5", f"--media_dir={folder}",
+            f"--media_steps={steps}", f"--guidance_scale={scale}", f"--seed={seed}",
+        ])  # fmt: skip
+        (file,) = folder.iterdir()
+        assert f"(image {file})" in capsys.readouterr().out
+        return file.read_bytes()
+
+    asked = [Message("user", (Text(f"{DRAW} w1"),))]
+    given = (2, 3.0, 5)
+    answer = chat.generate(asked, max_new_tokens=5, sampling=Sampling(*given))
+    assert drawn(*given) == answer.media[0].data
+    others = {drawn(*other) for other in ((3, 3.0, 5), (2, 9.0, 5), (2, 3.0, 6))}
+    assert len(others | {answer.media[0].data}) == 4
+
+
+def test_a_generator_that_no_objective_needs_is_not_loaded(
+    home: Path, runs: dict[int, Path]
+) -> None:
+    """Of the other one only what its objective runs."""
+    objectives = {"next_token": NEXT_TOKEN, "align_image": objective("align")}
+    module, _ = from_recipe(str(stage_3(home, model__objectives=objectives)))
+    module.configure_model()
+    assert not list(module.model.generator("audio").parameters())
+    image = module.model.generator("image")
+    assert [name for name, _ in image.named_children()] == ["text_encoder"]
+    assert set(module.model.output_projectors) == {"image", "audio"}
 
 
 def test_the_conditioning_is_most_like_the_words_that_were_asked_for(chat: Chat) -> None:
@@ -363,3 +438,15 @@ def test_fault_8_queries_start_apart(home: Path) -> None:
     module.configure_model()
     queries = module.model.output_projectors["image"].queries
     assert len(queries.detach().unique(dim=0)) == 12
+
+
+def test_fault_8_a_modality_of_another_name_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There, samples are grouped by whether they hold an 'image', and hold an 'input_image'."""
+    wrong = {"next_token": NEXT_TOKEN, "align": objective("align", modality="input_image")}
+    said = refused(capsys, stage_2(home, model__objectives=wrong))
+    assert "objectives ['align'] are of modalities without a generator" in said
+    assert "there are generators for ['audio', 'image']" in said
+    with pytest.raises(ValueError, match=r"signal_tokens, output_projectors and generators are"):
+        from_recipe(str(stage_2(home, model__signal_tokens={"input_image": 3, "audio": 2})))

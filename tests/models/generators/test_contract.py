@@ -25,9 +25,10 @@ from mmfusion.models.generators.stored import MASK, TOKENS, with_moments, with_t
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
+from mmfusion.processing.stored import item_file, read_header, read_item
 from mmfusion.training.stored_shapes import misfit, shapes_of
 from mmfusion.tuning import Full, LoRA, Policy
-from mmfusion.types import Conditioning, TargetBatch
+from mmfusion.types import Conditioning, MediaTensors, TargetBatch
 from tests.models.generators.families import (
     Family,
     PixArtFamily,
@@ -312,6 +313,45 @@ def test_shapes_of_what_may_be_stored_are_known_before_building(case: Case) -> N
     moments = with_moments(case.generator.moments(case.targets()))
     assert shapes_of(fresh, VAE) == {name: tuple(t.shape[1:]) for name, t in moments.items()}
     assert not list(fresh.parameters())
+
+
+def test_what_was_stored_gives_the_losses_of_live_parts(case: Case) -> None:
+    """Item by item through files, masks and pooled vectors too; nothing but the denoiser is built.
+    Also where some are replaced by the encoding of "".
+    """
+    captions = ["a", "b c"]
+
+    def target(tensors: MediaTensors) -> TargetBatch:
+        slots, keys = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([2, 5])
+        return TargetBatch(tensors, slots, torch.arange(2), keys, captions)
+
+    def losses(generator: Any, batch: TargetBatch) -> Tensor:
+        given, texts = case.conditioning(), generator.encode_captions(batch)
+        latents = generator.encode_media(batch.tensors, generators_of(KEYS, 1))
+        dropping = Denoising(generator.modality, drop_condition=0.5)
+        dropped = dropping._dropped(given, generator, batch)
+        return torch.stack([
+            ConditionAlignment(generator.modality).distances(given, texts),
+            generator.denoising_loss(latents, texts, KEYS),
+            generator.denoising_loss(latents, dropped, KEYS),
+        ])  # fmt: skip
+
+    live, targets = case.generator, case.targets()
+    items = []
+    for m, caption in enumerate(captions):
+        one = {name: values[m : m + 1] for name, values in targets.items()}
+        made = with_moments(live.moments(one)) | with_text(live.encode_text([caption]))
+        file = item_file({name: tensor[0] for name, tensor in made.items()}, {})
+        items.append(read_item(file, read_header(file)[0]))
+    fresh = case.family.make(case.path)
+    fresh.build({DENOISER})
+    fresh.requires_grad_(False).eval()
+    fresh.stored_empty = live.encode_empty()
+    stored = target({name: torch.stack([item[name] for item in items]) for name in items[0]})
+    built = {name for name in fresh.components if isinstance(getattr(fresh, name), nn.Module)}
+    found, expected = losses(fresh, stored), losses(live, target(targets))
+    assert {fresh.components[name].part for name in built} == {DENOISER}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dropped_conditioning_is_as_good_as_the_encoding_of_no_words(case: Case) -> None:

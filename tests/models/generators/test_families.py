@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmfusion.models.generators.audio_ldm import AudioLDM
 from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.noise import FlowNoise, noise_schedule
 from mmfusion.models.generators.pixart import PixArt
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.generators.stable_diffusion_xl import StableDiffusionXL
+from mmfusion.models.generators.text_to_video_sd import TextToVideoSD
 from mmfusion.models.generators.wan import Wan
+from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.tuning import LoRA
 from mmfusion.types import Captions, Conditioning
-from tests.models.generators import tiny
+from tests.models.generators import tiny, tiny_sound
+
+CLIP_L = {"max_position_embeddings": 77, "hidden_size": 768}
+CLIP_H = {"max_position_embeddings": 77, "hidden_size": 1024}
 
 
 def test_sdxl_refuses_float16_where_its_vae_overflows(tmp_path: Path) -> None:
@@ -199,3 +205,31 @@ def test_flow_times_lean_to_the_noise_by_the_shift_of_either_scheduler() -> None
     assert means[3] == means[0]
     with pytest.raises(ValueError, match="FlowNoise has no signal-to-noise weights"):
         schedule.weights(levels, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("save", "kind", "text", "denoiser", "expected"),
+    [
+        (tiny.save_stable_diffusion, StableDiffusion, CLIP_L, 768, (77, 768)),
+        (tiny.save_stable_diffusion, StableDiffusion, CLIP_H, 1024, (77, 1024)),
+        (tiny.save_text_to_video_sd, TextToVideoSD, CLIP_H, 1024, (77, 1024)),
+        (tiny_sound.save_audio_ldm, AudioLDM, {"projection_dim": 512}, 512, (1, 512)),
+    ],
+    ids=["sd-1", "sd-2", "zeroscope", "audioldm"],
+)
+def test_a_query_decoder_has_the_queries_and_the_width_of_a_published_generator(
+    tmp_path: Path, save: Any, kind: Any, text: dict[str, int], denoiser: int, expected: Any
+) -> None:
+    """By their configurations alone: those of the text encoder and of the U-Net."""
+    path = Path(save(tmp_path / "pipeline"))
+    width = "projection_class_embeddings_input_dim" if kind is AudioLDM else "cross_attention_dim"
+    for folder, values in (("text_encoder", text), ("unet", {width: denoiser})):
+        file = path / folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    spec = kind(str(path)).spec
+    assert (spec.tokens, spec.dim, spec.pooled_dim) == (*expected, 0)
+    with torch.device("meta"):
+        projector = QueryDecoder(4096, spec)  # of a 7B LLM
+        found = projector.project(torch.empty(2, 4, 4096))
+    assert tuple(projector.queries.shape) == (expected[0], 512)
+    assert tuple(found.tokens.shape) == (2, *expected)

@@ -63,6 +63,11 @@ def asking_words(templates: tuple[str, ...]) -> set[str]:
 @pytest.mark.parametrize("modality", REQUESTS)
 def test_each_measured_request_asks_by_a_word_that_was_not_trained(modality: str) -> None:
     trained = set().union(*(asking_words(ways) for ways in REQUESTS.values()))
+    others = [*shapes(), *clips(), thing("Ocean waves.", "audio")]
+    for entry in (*remakes(others, ways=9), *words(others, [])):
+        asked = sample(entry).messages[0].content
+        texts = [part.text for part in asked if isinstance(part, Text)]
+        trained |= asking_words(tuple(texts))
     assert all(way.count("{thing}") == 1 for way in (*REQUESTS[modality], *NEW_REQUESTS[modality]))
     for way in NEW_REQUESTS[modality]:
         assert asking_words((way,)) - trained, f"{way!r} asks in trained words only"
