@@ -14,9 +14,10 @@ from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.strategies.zero import _refuse_numbers
 from tests.models.tiny import save_llm
 from tests.training import jobs
-from tests.training.pictures import FULL, NEW, objective, prepare, recipe
+from tests.training.pictures import FULL, NEW, OUTPUT, SMALL, objective, prepare, recipe
 from tests.training.tiny import HERE, TINY, losses, recorded, refused, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -25,6 +26,7 @@ NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
 # All weights of a tiny model are below DeepSpeed's threshold, and would not be divided.
 DIVIDED = "--trainer.strategy.options={stage3_param_persistence_threshold: 0}"
+READS = SMALL | {"layers": [1, -1], "add_embeddings": True, "baseline": "w31"}
 CONVERTER = {"class_path": f"{HERE}.TinyConverter"}
 
 
@@ -48,6 +50,7 @@ def mixed(home: Path) -> Path:
         home,
         model__encoders={"image": {"class_path": f"{TINY}.TinyEncoder"}},
         model__input_projectors={"image": {"class_path": f"{HERE}.DropoutProjector"}},
+        model__output_projectors={"image": {"class_path": OUTPUT, "init_args": READS}},
         model__tuning={"input_projectors": FULL, "output_projectors": FULL, "llm": NEW},
         model__objectives={
             "next_token": {
@@ -198,6 +201,14 @@ def test_a_step_without_targets_moves_neither_weights_nor_momentum(home):
     )
     states = (found["optimizer_states"][0]["state"] for found in (two, one))
     torch.testing.assert_close(*states, atol=1e-6, rtol=1e-4)
+
+
+def test_numbers_without_a_dimension_are_refused():
+    model = torch.nn.Linear(2, 2)
+    _refuse_numbers(model)
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"1 parameters have no dimension \(scale, ...\)"):
+        _refuse_numbers(model)
 
 
 def refused_by(home: Path, name: str, *args: str) -> str:
