@@ -218,14 +218,15 @@ class AnyToAnyModel(nn.Module):
         conditioning: dict[str, Conditioning] = {}
         for modality in self.output_projectors:  # in the recipe's order, the same on every rank
             target = batch.host.targets[modality]
+            if not target.idle:
+                signals = self.processor().signal_ids[modality]
+                fusion.check_signals(batch.host.input_ids, target.slots, signals, modality)
+            # An idle one reads some token: every rank runs what any rank runs, there and back.
+            given = self.condition(modality, states, embeds, target.slots)
             if target.idle:
-                self._baseline(modality, embeds.device)  # every rank runs what any rank runs
-                conditioning[modality], zero = self._idle_condition(modality, embeds)
-                idle = idle + zero
-                continue
-            signals = self.processor().signal_ids[modality]
-            fusion.check_signals(batch.host.input_ids, target.slots, signals, modality)
-            conditioning[modality] = self.condition(modality, states, embeds, target.slots)
+                idle = idle + 0.0 * given.tokens.sum()
+                idle = idle if given.pooled is None else idle + 0.0 * given.pooled.sum()
+            conditioning[modality] = given
         return ModelOutput(states[-1], media_tokens, conditioning, idle)
 
     @property
@@ -267,14 +268,6 @@ class AnyToAnyModel(nn.Module):
         with torch.compiler.set_stance("force_eager"):  # nothing to compile a short row for
             states = self.llm.forward_layers(self.llm.embed(ids), places, borders, projector.layers)
         return {layer: state[:, -len(signals) :] for layer, state in states.items()}
-
-    def _idle_condition(self, modality: str, embeds: Tensor) -> tuple[Conditioning, Tensor]:
-        """Of a target that is not there, and a zero with its graph."""
-        projector = self._output(modality)
-        zeros = embeds.new_zeros(1, self.signal_tokens[modality], embeds.shape[-1])
-        given = projector(dict.fromkeys(projector.layers, zeros), zeros)
-        zero = 0.0 * given.tokens.sum()
-        return given, zero if given.pooled is None else zero + 0.0 * given.pooled.sum()
 
     def _output(self, modality: str) -> OutputProjector:
         return cast(OutputProjector, self.output_projectors[modality])

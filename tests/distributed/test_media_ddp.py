@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mmfusion.training.loggers import read_metrics
+from tests.models.tiny import save_llm
 from tests.training import jobs
 from tests.training.pictures import FULL, NEW, objective, prepare, recipe
 from tests.training.tiny import recorded
@@ -31,7 +32,7 @@ def run(home: Path, name: str, world: int, packs: int, path: Path) -> list[dict[
         "class_path": "tests.training.tiny.Recorder",
         "init_args": {"folder": f"{home}/{name}-packs"},
     }
-    args = ["fit", "-c", str(path), f"--run_dir={home}/{name}"]
+    args = ["fit", "-c", str(path), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
     args += [f"--trainer.callbacks=[{recorder}]", f"--data.packs_per_micro_batch={packs}"]
     if world == 2:
         args += ["--trainer.strategy=ddp", "--trainer.devices=2"]
@@ -41,7 +42,7 @@ def run(home: Path, name: str, world: int, packs: int, path: Path) -> list[dict[
     assert set(codes) == {0}, "".join(p.read_text() for p in home.glob(f"{name}*.[01l]*"))
     with (home / name / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-    return [{key: float(row[key]) for key in NAMES if row[key]} for row in rows]
+    return [{key: float(row[key]) for key in NAMES if row.get(key)} for row in rows]
 
 
 def test_a_rank_without_pictures_to_make_changes_nothing(home: Path) -> None:
@@ -57,11 +58,34 @@ def test_a_rank_without_pictures_to_make_changes_nothing(home: Path) -> None:
     for one, alone, together in zip(whole, four, two, strict=True):
         assert alone == pytest.approx(one, abs=1e-5)
         assert together == pytest.approx(one, abs=1e-5)
-    pictures = {(row["step"], row["rank"]): 0 for row in recorded(home / "two-packs")}
-    for row in recorded(home / "two-packs"):
+    assert lacking(home / "two-packs")
+
+
+def lacking(folder: Path) -> set[int]:
+    """Steps in which one rank has no picture to make, and the other has some."""
+    pictures = {(row["step"], row["rank"]): 0 for row in recorded(folder)}
+    for row in recorded(folder):
         pictures[row["step"], row["rank"]] += sum(s[0] == "pairs" for s in row["samples"])
-    lacking = {step for (step, _), count in pictures.items() if not count}
-    assert any(sum(pictures[step, rank] for rank in (0, 1)) for step in lacking)
+    return {step for step, _ in pictures if bool(pictures[step, 0]) != bool(pictures[step, 1])}
+
+
+def test_a_rank_without_pictures_reaches_the_llm_without_next_token_too(home: Path) -> None:
+    """New rows, shared with the output head, that alignment alone trains."""
+    save_llm(home / "tied", tie_word_embeddings=True)
+    path = recipe(
+        home,
+        trainer__max_steps=6,
+        model__llm__init_args__path=f"{home}/tied",
+        model__objectives={"align": objective("align")},
+        data__pack_tokens=24,
+        data__packs_per_step=2,
+        data__sources__words__weight=3,
+    )
+    alone, two = run(home, "align-one", 1, 1, path), run(home, "align-two", 2, 1, path)
+    assert lacking(home / "align-two-packs")
+    assert len(alone) > 3  # steps with a picture
+    for one, together in zip(alone, two, strict=True):
+        assert together == pytest.approx(one, abs=1e-5)
 
 
 def test_two_ranks_find_the_figures_of_one(home: Path) -> None:

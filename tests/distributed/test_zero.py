@@ -14,8 +14,10 @@ from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.strategies.zero import _refuse_numbers
+from tests.models.tiny import save_llm
 from tests.training import jobs
-from tests.training.pictures import FULL, NEW, objective, prepare, recipe
+from tests.training.pictures import FULL, NEW, OUTPUT, SMALL, objective, prepare, recipe
 from tests.training.tiny import HERE, TINY, losses, recorded, refused, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -24,6 +26,7 @@ NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
 # All weights of a tiny model are below DeepSpeed's threshold, and would not be divided.
 DIVIDED = "--trainer.strategy.options={stage3_param_persistence_threshold: 0}"
+READS = SMALL | {"layers": [1, -1], "add_embeddings": True, "baseline": "w31"}
 CONVERTER = {"class_path": f"{HERE}.TinyConverter"}
 
 
@@ -47,6 +50,7 @@ def mixed(home: Path) -> Path:
         home,
         model__encoders={"image": {"class_path": f"{TINY}.TinyEncoder"}},
         model__input_projectors={"image": {"class_path": f"{HERE}.DropoutProjector"}},
+        model__output_projectors={"image": {"class_path": OUTPUT, "init_args": READS}},
         model__tuning={"input_projectors": FULL, "output_projectors": FULL, "llm": NEW},
         model__objectives={
             "next_token": {
@@ -64,7 +68,7 @@ def mixed(home: Path) -> Path:
         data__val_limit=5,
         data__pack_tokens=24,
         data__packs_per_micro_batch=1,
-        val_every_n_steps=STEPS,
+        val_every_n_steps=STEPS // 2,  # training goes on after one
         validation={"generate_samples": 0, "table_samples": 0},
     )
 
@@ -84,11 +88,11 @@ def run(home: Path, path: Path, name: str, world: int, *options: str) -> Path:
 
 
 def figures(path: Path) -> list[dict[str, float]]:
-    """Losses of each step, then what the validation found."""
+    """Losses of each step, then what the validations found."""
     rows = read_metrics(path / "metrics.csv")
     found = [{key: row[key] for key in NAMES if key in row} for row in rows if NAMES[0] in row]
-    (last,) = [row for row in rows if "val/loss" in row]
-    return [*found, {key: value for key, value in last.items() if key.startswith("val/")}]
+    validations = [row for row in rows if "val/loss" in row]
+    return found + [{k: x for k, x in row.items() if k.startswith("val/")} for row in validations]
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +100,11 @@ def alone(home: Path, mixed: Path) -> Path:
     return run(home, mixed, "alone", 1)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_without_media_changes_nothing(home, mixed, alone, stage):
     together = run(home, mixed, f"zero{stage}", 2, *zero(stage))
     ours, theirs = figures(alone), figures(together)
-    assert len(ours) == STEPS + 1
+    assert len(ours) == STEPS + 2
     for one, two in zip(ours, theirs, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
     assert {"val/cosine/image", "val/denoising/image/ours", "val/denoise"} <= set(ours[-1])
@@ -123,6 +127,30 @@ def media(folder: Path) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int
 def lacking(counts: dict[tuple[int, int], int]) -> set[int]:
     """Steps in which one rank has none, and the other has some."""
     return {step for step, _ in counts if bool(counts[step, 0]) != bool(counts[step, 1])}
+
+
+def test_a_rank_without_pictures_reaches_the_llm_without_next_token_too(home):
+    """New rows, shared with the output head, that alignment alone trains."""
+    save_llm(home / "tied", tie_word_embeddings=True)
+    path = recipe(
+        home,
+        trainer__max_steps=6,
+        model__llm__init_args__path=f"{home}/tied",
+        model__objectives={"align": objective("align")},
+        data__pack_tokens=24,
+        data__packs_per_step=2,
+        data__packs_per_micro_batch=1,
+        data__sources__words__weight=3,
+    )
+    ours, theirs = (
+        losses(RunDirectory(run(home, path, f"align{world}", world, *options)))
+        for world, options in ((1, []), (2, zero(3)))
+    )
+    made, _ = media(home / "align2-packs")
+    assert lacking(made)
+    assert {k: float(x) for k, x in theirs.items()} == pytest.approx(
+        {k: float(x) for k, x in ours.items()}, rel=1e-5
+    )
 
 
 def test_a_checkpoint_is_that_of_one_process(home, alone):
@@ -173,6 +201,14 @@ def test_a_step_without_targets_moves_neither_weights_nor_momentum(home):
     )
     states = (found["optimizer_states"][0]["state"] for found in (two, one))
     torch.testing.assert_close(*states, atol=1e-6, rtol=1e-4)
+
+
+def test_numbers_without_a_dimension_are_refused():
+    model = torch.nn.Linear(2, 2)
+    _refuse_numbers(model)
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"1 parameters have no dimension \(scale, ...\)"):
+        _refuse_numbers(model)
 
 
 def refused_by(home: Path, name: str, *args: str) -> str:

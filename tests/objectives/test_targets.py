@@ -43,6 +43,8 @@ from tests.models.tiny import save_llm
 
 SMALL = {"dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 24}
 
+LORA = tuning.LoRA(1e-3, r=2)
+
 
 def decoder(in_dim: int, spec: ConditioningSpec) -> QueryDecoder:
     return QueryDecoder(in_dim, spec, layers=(1, -1), **SMALL)
@@ -167,6 +169,23 @@ def test_without_targets_the_loss_is_zero_with_the_same_graph(folder: Path, obje
     (loss.total + output.idle).backward()
     grads = [p.grad for p in model.output_projectors.parameters()]
     assert all(grad is not None and not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("objective", [ConditionAlignment("image"), Denoising("image")])
+def test_without_targets_all_is_reached_that_a_target_reaches(folder: Path, objective: Any) -> None:
+    """The LLM too, which no other objective may reach: ranks wait for one another's gradients."""
+    model = made(folder)
+    tuning.apply(model, {"output_projectors": Full(1e-3), "llm": [NewTokens(1e-3), LORA]})
+    reached = []
+    for caption in ("w1", None):
+        batch = batch_of(model, caption)
+        model.zero_grad()
+        output = model(batch)
+        (objective(model, output, batch).total + output.idle).backward()
+        reached.append({name for name, p in model.named_parameters() if p.grad is not None})
+    assert reached[0] == reached[1]
+    assert any(".lora_" in name for name in reached[1])
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_generator_that_trains_runs_on_idle_targets_too(folder: Path) -> None:

@@ -53,7 +53,7 @@ class OutputProjector(nn.Module, ABC):
         self.baseline = baseline
         if len(layers) > 1:
             self.mix = nn.Parameter(torch.zeros(len(layers)))
-            self.scale = nn.Parameter(torch.ones(()))
+            self.scale = nn.Parameter(torch.ones(1))  # () is what DeepSpeed cannot send
 
     def forward(self, states: Mapping[int, Tensor], embeds_MSD: Tensor) -> Conditioning:
         """Conditioning of M targets.

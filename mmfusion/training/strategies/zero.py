@@ -124,6 +124,7 @@ class ZeRO(DeepSpeedStrategy):
             owner.get_submodule(name).to(self.root_device)
         with _left_out(self._frozen):
             _refuse_half(model)
+            _refuse_numbers(model)
             engine, optimizer, _, _ = deepspeed.initialize(
                 config=self.config,
                 model=model,
@@ -287,6 +288,15 @@ def _refuse_half(model: nn.Module) -> None:
         raise ValueError(
             f"{len(half)} parameters are in half precision ({half[0]}, ...); ZeRO trains in fp32 "
             "so far. Set dtype: float32 of the LLM and of parts that train."
+        )
+
+
+def _refuse_numbers(model: nn.Module) -> None:
+    """DeepSpeed sends weights as bytes, as which it cannot see those without a dimension."""
+    if numbers := [name for name, p in model.named_parameters() if p.ndim == 0]:
+        raise ValueError(
+            f"{len(numbers)} parameters have no dimension ({numbers[0]}, ...); ZeRO takes those of "
+            "one or more. Make them of shape (1,), or use another trainer.strategy."
         )
 
 

@@ -80,6 +80,7 @@ def test_a_mix_of_layers_starts_at_their_mean_and_learns() -> None:
     torch.testing.assert_close(found, projector.outward(mean))
     found.square().sum().backward()
     assert projector.mix.grad.abs().sum() > 0
+    assert all(p.ndim for p in projector.parameters())  # DeepSpeed takes no others
     with torch.no_grad():
         projector.mix.copy_(torch.tensor([0.0, 50.0, 0.0]))
         projector.scale.fill_(2.0)
