@@ -134,9 +134,6 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
     found = {
         renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed
     }
-    for name, tensor in found.items():
-        if tensor.numel() == own[name].numel() == 1:  # a scale was of shape () once, is of (1,) now
-            found[name] = tensor.reshape(own[name].shape)
     wrong = [
         f"{name}: {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
         for name, tensor in found.items()

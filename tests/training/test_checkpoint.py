@@ -99,13 +99,6 @@ def test_other_shapes_are_refused_with_both_named():
         load_kept(Parts(), {"projector.0.weight": torch.zeros(2, 2)}, "there")
 
 
-def test_a_number_is_found_where_it_has_a_dimension_now():
-    module = torch.nn.Module()
-    module.scale = torch.nn.Parameter(torch.ones(1))
-    assert load_kept(module, {"scale": torch.tensor(3.0)}, "there") == {"scale"}
-    assert module.scale.tolist() == [3.0]
-
-
 def test_weights_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="none of the 1 weights of there"):
         load_kept(Parts(), {"other.weight": torch.zeros(2)}, "there")
