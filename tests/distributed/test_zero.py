@@ -4,6 +4,8 @@ has no pictures to make, or no media at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,10 +102,15 @@ def alone(home: Path, mixed: Path) -> Path:
     return run(home, mixed, "alone", 1)
 
 
+@pytest.fixture(scope="module")
+def divided(home: Path, mixed: Path) -> Callable[[int], Path]:
+    """The same run on two ranks, by stage of ZeRO."""
+    return cache(lambda stage: run(home, mixed, f"zero{stage}", 2, *zero(stage)))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_rank_without_media_changes_nothing(home, mixed, alone, stage):
-    together = run(home, mixed, f"zero{stage}", 2, *zero(stage))
-    ours, theirs = figures(alone), figures(together)
+def test_a_rank_without_media_changes_nothing(home, alone, divided, stage):
+    ours, theirs = figures(alone), figures(divided(stage))
     assert len(ours) == STEPS + 2
     for one, two in zip(ours, theirs, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
@@ -153,22 +160,22 @@ def test_a_rank_without_pictures_reaches_the_llm_without_next_token_too(home):
     )
 
 
-def test_a_checkpoint_is_that_of_one_process(home, alone):
+def test_a_checkpoint_is_that_of_one_process(alone, divided):
     """Weights, optimizer and all."""
     whole = read_checkpoint(by_step(alone / "checkpoints")[-1])
     for stage in (2, 3):
-        divided = read_checkpoint(by_step(home / f"zero{stage}" / "checkpoints")[-1])
-        assert set(divided) == set(whole)
-        assert set(divided["state_dict"]) == set(whole["state_dict"])
-        one, two = (found["optimizer_states"][0] for found in (whole, divided))
+        found = read_checkpoint(by_step(divided(stage) / "checkpoints")[-1])
+        assert set(found) == set(whole)
+        assert set(found["state_dict"]) == set(whole["state_dict"])
+        one, two = (kept["optimizer_states"][0] for kept in (whole, found))
         for ours, theirs in zip(one["param_groups"], two["param_groups"], strict=True):
             assert theirs == ours
         torch.testing.assert_close(two["state"], one["state"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("before", "stage"), [(2, 3), (3, 2)])
-def test_a_run_goes_on_in_another_stage(home, mixed, alone, before, stage):
-    start = home / f"zero{before}" / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt"
+def test_a_run_goes_on_in_another_stage(home, mixed, alone, divided, before, stage):
+    start = divided(before) / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt"
     options = [*zero(stage)[:2], f"--resume={start}", f"--val_every_n_steps={STEPS + 1}"]
     rest = losses(RunDirectory(run(home, mixed, f"on{stage}", 2, *options)))
     expected = losses(RunDirectory(alone))

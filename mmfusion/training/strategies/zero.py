@@ -250,7 +250,7 @@ class ZeRO(DeepSpeedStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its share; every rank must call it."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         saved = checkpoint["optimizer_states"][0]["state"]
         optimizer = self.deepspeed_engine.optimizer
@@ -265,8 +265,19 @@ class ZeRO(DeepSpeedStrategy):
         parameters = [p for group in self._module.groups for p in group["params"]]
         for place, parameter in enumerate(parameters):
             for key, value in saved[place].items():
-                if key != "step":
+                if key == "step":
+                    continue
+                if self.stage == 3:  # DeepSpeed's own division fails where the last share is padded
+                    share = self._share(value, parameter)
+                    safe_set_local_optimizer_state(parameter, share, key)
+                else:
                     safe_set_full_optimizer_state(parameter, value, key)
+
+    def _share(self, value: Tensor, parameter: Any) -> Tensor:
+        """This rank's part of what belongs to a parameter, padded as DeepSpeed pads it."""
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        return padded[self.global_rank * size :][:size]
 
 
 class _Precision(DeepSpeedPrecision):

@@ -20,6 +20,7 @@ from mmfusion.tools.quickstart.main import (
     read_json,
     refuse_outdated,
 )
+from mmfusion.tools.quickstart.media_figures import rows as media_rows
 from mmfusion.training.run import RunDirectory
 from tests.training.tiny import losses, write_recipe
 
@@ -246,10 +247,13 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     """The real thing, downloads included where the cache (MMFUSION_CACHE) lacks them."""
     line = [sys.executable, "-m", "mmfusion", "quickstart", "--small", "--with-baselines"]
     run = tmp_path / "run"
-    for _ in range(2):  # the second time everything is done already
-        done = subprocess.run([*line, "--run_dir", str(run)], capture_output=True, text=True)
+    answering = run / "any_to_any"
+    # The second time goes on from what the first has done, the third finds everything done.
+    for more, last in (([], run), (["--any-to-any"], answering), (["--any-to-any"], answering)):
+        line_now = [*line, *more, "--run_dir", str(run)]
+        done = subprocess.run(line_now, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert f"mmfusion chat {run}" in done.stdout
+        assert f"mmfusion chat {last}\n" in done.stdout
     figures = json.loads((run / "figures.json").read_text())
     assert set(figures["captions"]) == {"pictures", "speech", "motions"}
     assert figures["shapes"]["questions"] > 0
@@ -263,3 +267,19 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     assert page.count("<b>Truth</b>") > 10
     assert page.count(": loss, no-media run<") == page.count(": gain over no-media run<") == 3
     assert "It was not trained here" not in page
+
+    media = json.loads((answering / "figures.json").read_text())
+    assert set(media["right"]) == set(media["judges"]) == {"image", "audio", "video"}
+    assert all(figure["value"] > 0.9 for figure in media["judges"].values())
+    assert set(media["understanding"]) == {"shapes", "stamps", "motions"}
+    assert set(media["training"]) == {"stage 2", "last stage"}
+    for found in media["denoising"].values():
+        assert found["ours"]["value"] > 0
+        assert found["gain"]["bound"] == 0.8
+    printed = [text.split("  ")[0].strip() for text in done.stdout.splitlines()]
+    for what, _, _ in media_rows(media):
+        assert what.strip() in printed
+    made = (answering / "report.html").read_text()
+    assert made.count("<b>Truth</b>") > 10
+    for name in ("picture", "sound", "clip"):
+        assert f"{name}s asked for in new words" in made
