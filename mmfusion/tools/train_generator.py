@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -203,7 +204,10 @@ class Parts:
         for name, module in fit.trained.items():
             kept = copy.deepcopy(module).half()
             _refuse_not_finite(kept, name)
-            kept.save_pretrained(self.folder / name)
+            try:
+                kept.save_pretrained(self.folder / name)
+            except SafetensorError as error:  # of a full disk, say
+                raise OSError(f"{self.folder / name} cannot be written: {error}") from error
         _save_state(self.folder, self.origin, [*self.done, *fit.trained])
 
 

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +380,20 @@ def test_a_damaged_state_is_named(
         (folder / "training.json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"{folder}/training\.json is damaged .* Remove"):
             train(tmp_path / asked, recipe, overwrite=True)
+
+
+def test_a_disk_without_room_for_the_weights_is_named(recipe: str, tmp_path: Path) -> None:
+    """Files may grow to 20,000 bytes; what was there is gone on with."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\.image\.partial/vae cannot be written: "):
+            train(tmp_path / "image", recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    train(tmp_path / "image", recipe)
 
 
 @pytest.mark.parametrize("there", [True, False])
