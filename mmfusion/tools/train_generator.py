@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.data.source import Source
-from mmfusion.data.whole_file import write_whole
+from mmfusion.data.whole_file import alone, write_whole
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.models.generators.untrained import check_untrained, write_untrained
@@ -57,6 +57,12 @@ def train_generator(
     made, target = read_recipe(recipe, overrides or ()), Path(expand(out))
     if target.is_symlink():  # what it names is replaced, not the link
         target = target.resolve()
+    with alone(str(target.with_name(f".{target.name}.lock")), f"training {target}"):
+        _train(made, target, overwrite)
+
+
+def _train(made: SmallGenerator, target: Path, overwrite: bool) -> None:
+    """Aside, and then into its place."""
     if target.exists():
         if _state(target).get("origin") == made.origin:
             print(f"{target} is there already.")

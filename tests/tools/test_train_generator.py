@@ -36,6 +36,7 @@ from mmfusion.training.generator_fits import (
     moments,
     run_fit,
 )
+from tests.data.held import held
 
 RECIPES = Path("recipes/quickstart/generators")
 FEW = {"steps": 2, "batch": 4, "lr": 1e-3}
@@ -394,6 +395,13 @@ def test_a_disk_without_room_for_the_weights_is_named(recipe: str, tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     train(tmp_path / "image", recipe)
+
+
+def test_two_processes_do_not_train_in_one_folder(recipe: str, tmp_path: Path) -> None:
+    with held(tmp_path / ".image.lock"), pytest.raises(ValueError, match="another process is trai"):
+        train(tmp_path / "image", recipe)
+    train(tmp_path / "image", recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -16,6 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from mmfusion.audit import check_reaches_loss
+from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
@@ -49,8 +50,7 @@ class Audit(L.Callback):
         table = module.audit
         assert table is not None
         log.info("what trains:\n%s", table)
-        if not computes_bfloat16(module.device):
-            _warn_of_half(module, str(trainer.precision))
+        warn_of_half(module.model, str(trainer.precision), module.device)
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
             columns = [field.name for field in fields(table.rows[0])]
             rows = [list(astuple(row)) for row in table.rows]
@@ -108,8 +108,17 @@ class Audit(L.Callback):
             self._checked = True
 
 
-def _warn_of_half(module: MultimodalModule, precision: str) -> None:
-    parts = {".".join(n.split(".")[1:3]) for n, p in module.named_parameters() if p.dtype in HALF}
+def warn_of_half(model: AnyToAnyModel, precision: str, device: torch.device) -> None:
+    """Where a CPU would take a hundred times as long as it needs.
+
+    Args:
+        model: built, as far as it is run.
+        precision: of the trainer.
+        device: where it is run.
+    """
+    if computes_bfloat16(device):
+        return
+    parts = {".".join(n.split(".")[:2]) for n, p in model.named_parameters() if p.dtype in HALF}
     places = [*(["trainer.precision"] if "16" in precision else []), *sorted(parts)]
     if places:
         log.warning(
