@@ -28,7 +28,7 @@ from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.models.generation import find_runs, generate, make_media, split_speech
-from mmfusion.models.generators.base import Sampling
+from mmfusion.models.generators.base import Sampling, check_seed
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Sample, SampleRef, Text
@@ -70,11 +70,17 @@ def load(
     model = load_module(run_dir, step).model
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    slow = () if computes_bfloat16(device) else HALF
+
+    def wanted(kept: torch.dtype) -> torch.dtype:
+        return dtype or (torch.float32 if kept in slow else kept)
+
     for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
-        if dtype is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-        elif tensor.dtype in HALF and not computes_bfloat16(device):
-            tensor.data = tensor.data.float()
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted(tensor.dtype))
+    for modality in model.generators:  # what is built of them when media are made
+        generator = model.generator(modality)
+        generator.dtype = wanted(generator.dtype)
     try:
         return Chat(model.to(device))
     except (RuntimeError, AssertionError) as error:
@@ -200,6 +206,8 @@ class Chat:
                 positions.
         """
         _check_options(options)
+        if seed is not None:
+            check_seed("seed", seed)
         for modality in self.makes if sampling else []:
             self.model.generator(modality).check(cast(Sampling, sampling))
         batch = _is_batch(messages)
@@ -241,7 +249,7 @@ class Chat:
                 parts[row] += [*self._text(new[begin : run.start], stop), next(media)]
                 begin = run.end
             parts[row] += self._text(new[begin:], stop)
-        seed = sampling.seed if isinstance(sampling.seed, int) else sampling.seed[0]
+        seed = sampling.seed if isinstance(sampling.seed, int) else (*sampling.seed, 0)[0]
         return [Answer([self._said(part, speak, seed) for part in found]) for found in parts]
 
     def _text(self, ids: Tensor, stop: str | None) -> list[Text]:

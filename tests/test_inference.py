@@ -100,6 +100,12 @@ def test_an_error_in_a_stream_reaches_the_caller(chat: Chat) -> None:
         list(chat.generate(PROMPTS[0], do_sample=True, temperature=-1.0, stream=True))
 
 
+def test_a_seed_of_too_many_bits_is_refused_before_anything_is_said(chat: Chat) -> None:
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=rf"^seed is {2**70}; expected a whole number of 64"):
+            chat.generate(PROMPTS[0], seed=2**70, do_sample=True, stream=stream)
+
+
 def test_sampling_follows_its_seed_and_leaves_the_global_generator(chat: Chat) -> None:
     before = torch.get_rng_state()
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}

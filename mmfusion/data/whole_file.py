@@ -1,8 +1,12 @@
-"""Files that appear whole or not at all: written aside in the same folder, fsynced, renamed."""
+"""Files that appear whole or not at all: written aside in the same folder, fsynced, renamed; and
+the lock of what takes several.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -50,3 +54,32 @@ def write_whole(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def alone(path: str, work: str) -> Iterator[None]:
+    """Hold a lock file as long as the block runs; where the process is killed it is free at once.
+
+    Args:
+        path: of the lock file; its folder is made, and it is removed in the end.
+        work: what is done in the block, for the error.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise ValueError(
+                f"another process is {work} (it holds {path}); wait for it, stop it, or choose "
+                "another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)

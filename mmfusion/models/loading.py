@@ -19,6 +19,7 @@ DAMAGE = (
     SafetensorError,
     LookupError,
     OSError,
+    RecursionError,
     pickle.UnpicklingError,
 )
 """What loaders raise on files that are damaged or pickled."""
@@ -109,7 +110,7 @@ def damaged_files(folder: Path, gguf_file: str | None = None) -> Iterator[tuple[
     for file in files:
         try:
             _read(file)
-        except (ValueError, LookupError, OSError, SafetensorError) as error:
+        except (ValueError, LookupError, OSError, RecursionError, SafetensorError) as error:
             yield file, str(error)
 
 
@@ -132,4 +133,20 @@ def refuse_missing(info: dict[str, Any], path: str, model: str) -> None:
         raise ValueError(
             f"{path} lacks {len(missing)} weights of {model}, which would stay random: "
             f"{missing[:8]}{' ...' if len(missing) > 8 else ''}. Is it a checkpoint of this model?"
+        )
+
+
+def refuse_not_finite(model: Any, path: str) -> None:
+    """Fail where weights hold what is no number: whatever they touch would be none.
+
+    Args:
+        model: a module, loaded.
+        path: where it is from.
+    """
+    weights = model.state_dict().items()
+    odd = [name for name, w in weights if w.is_floating_point() and not w.isfinite().all()]
+    if odd:
+        raise ValueError(
+            f"{len(odd)} weights of {type(model).__name__} in {path} are not finite: {odd[:4]}"
+            f"{' ...' if len(odd) > 4 else ''}. Get them again, or take others."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmfusion.data.converters.members import MODALITY_OF
+from mmfusion.data.whole_file import naming
 from mmfusion.inference import Answer, Chat, load
 from mmfusion.messages import read_media
 from mmfusion.models.generators.base import Sampling
@@ -84,12 +86,28 @@ def chat(
         except ValueError as error:
             raise ValueError(f"--media_steps={media_steps} cannot be: {error}") from error
     loaded.speaker = speaker or loaded.speaker
+    if loaded.makes or loaded.speaker:
+        check_media_dir(Path(media_dir))
     session = Session(loaded, options, system, Path(media_dir))
     print(f"{run_dir} is ready. {session.help()}", flush=True)
     for line in lines():
         if line in QUIT:
             return
         session.handle(line)
+
+
+def check_media_dir(folder: Path) -> None:
+    """Before anything is answered: media of answers can be saved there.
+
+    Raises:
+        ValueError: where they cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--media_dir={folder}: {there} is no folder that can be written to; media of answers "
+            "are saved there. Give another."
+        )
 
 
 def lines() -> Iterator[str]:
@@ -177,9 +195,9 @@ class Session:
             again = " Attach its media again." if media else ""
             raise ValueError(f"{error}{again}") from error
         print(flush=True)
+        self.history += [turn, Message("assistant", answer.parts or (Text(""),))]
         for item in answer.media:
             print(f"({item.modality} {self._save(item)})", flush=True)
-        self.history += [turn, Message("assistant", answer.parts or (Text(""),))]
 
     def _save(self, media: Media) -> Path:
         """Under a number of its own."""
@@ -187,11 +205,14 @@ class Session:
         for number in itertools.count(1):
             path = self._media_dir / f"{number:04d}.{media.format}"
             try:
-                with path.open("xb") as file:
+                with naming(str(path)), path.open("xb") as file:
                     file.write(media.data)
                 return path
             except FileExistsError:
                 continue
+            except OSError:  # a full disk
+                path.unlink(missing_ok=True)
+                raise
         raise AssertionError("numbers do not end")
 
     def _stream(self, messages: list[Message]) -> Answer:

@@ -7,7 +7,7 @@ The shards get their place, and then the manifest, when all are there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ from tqdm import tqdm
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.features import Features, StoredPart, StoredSet, shards_of
 from mmfusion.data.source import Source
+from mmfusion.data.whole_file import alone
 from mmfusion.paths import expand
 from mmfusion.tools.data_rewriter import MediaOption, Rewriter, Runner
 from mmfusion.tools.encoded_folder import (
+    LOCK,
     finish,
     refuse_sources_inside,
     refuse_to_replace,
     unfinished,
 )
+from mmfusion.training.callbacks.audit import warn_of_half
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.module import MultimodalModule
@@ -80,6 +83,7 @@ def encode(
     sources = _sources(command.datamodule)
     refuse_sources_inside(folder, sources.values())
     runner = Runner(module.model, chosen, _trainer(plain), batch_size)
+    warn_of_half(module.model, precision_of(plain), runner.device)
     planned = Features(
         {
             part: StoredPart(identity_of(part, module.model, plain), runner.specs(part))
@@ -90,7 +94,23 @@ def encode(
             for name, source in sources.items()
         },
     )
-    work = unfinished(folder, planned, media)
+    with alone(str(folder / LOCK), f"making features in {folder}"):
+        work = unfinished(folder, planned, media)
+        _write_shards(work, sources, runner, media, threads)
+        runner.write_empty(work)
+        finish(work, folder, planned, overwrite)
+    total = sum(len(source) for source in sources.values())
+    size = sum(file.stat().st_size for file in folder.rglob("*.tar"))
+    print(
+        f"{total:,} samples, {size:,} bytes in {folder}, with what {', '.join(chosen)} give. To "
+        f"train on them: data.features: {folder}"
+    )
+
+
+def _write_shards(
+    work: Path, sources: Mapping[str, Source], runner: Runner, media: MediaOption, threads: int
+) -> None:
+    """Those that are not there yet."""
     total = sum(len(source) for source in sources.values())
     with ThreadPoolExecutor(threads) as pool, tqdm(total=total, unit=" samples") as progress:
         for name, source in sources.items():
@@ -101,13 +121,6 @@ def encode(
                     progress.update(count)
                 else:
                     rewriter.write(number, str(shard.parent / f"{number:06d}-%d.tar"), progress)
-    runner.write_empty(work)
-    finish(work, folder, planned, overwrite)
-    size = sum(file.stat().st_size for file in folder.rglob("*.tar"))
-    print(
-        f"{total:,} samples, {size:,} bytes in {folder}, with what {', '.join(chosen)} give. To "
-        f"train on them: data.features: {folder}"
-    )
 
 
 def _sources(data: MultimodalData) -> dict[str, Source]:

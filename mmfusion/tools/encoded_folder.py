@@ -21,6 +21,8 @@ from mmfusion.data.whole_file import write_whole
 from mmfusion.training.stored_parts import SECTIONS
 
 UNFINISHED, PLAN = ".unfinished", "plan.json"
+LOCK = ".lock"
+"""Held by the encode that is at work."""
 MOVING = ".moving"
 """There while a set gets its place: without a manifest, but what is there is an encode's."""
 _SHARD = re.compile(r"\d{6,}-\d+\.tar(\.idx)?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.data.source import Source
-from mmfusion.data.whole_file import write_whole
+from mmfusion.data.whole_file import alone, write_whole
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.models.generators.untrained import check_untrained, write_untrained
@@ -53,6 +55,14 @@ def train_generator(
         overrides: recipe values, as ``--denoiser.steps=100``.
     """
     made, target = read_recipe(recipe, overrides or ()), Path(expand(out))
+    if target.is_symlink():  # what it names is replaced, not the link
+        target = target.resolve()
+    with alone(str(target.with_name(f".{target.name}.lock")), f"training {target}"):
+        _train(made, target, overwrite)
+
+
+def _train(made: SmallGenerator, target: Path, overwrite: bool) -> None:
+    """Aside, and then into its place."""
     if target.exists():
         if _state(target).get("origin") == made.origin:
             print(f"{target} is there already.")
@@ -126,8 +136,9 @@ class SmallGenerator:
         seed: int = 0,
     ) -> None:
         check_untrained(pipeline, components, words)
-        if condition_noise < 0:
-            raise ValueError(f"condition_noise is {condition_noise}; expected 0 or more.")
+        for name, value in (("condition_noise", condition_noise), ("divergence", divergence)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected 0 or more, finite.")
         self.divergence, self.condition_noise = divergence, condition_noise
         self.make, self.pipeline, self.components = generator, pipeline, components
         self.source, self.words, self.seed = source, words, seed
@@ -197,8 +208,27 @@ class Parts:
         run_fit(fit, items, self.folder / "losses", self.seed)
         fit.finish(items)
         for name, module in fit.trained.items():
-            copy.deepcopy(module).half().save_pretrained(self.folder / name)
+            kept = copy.deepcopy(module).half()
+            _refuse_not_finite(kept, name)
+            try:
+                kept.save_pretrained(self.folder / name)
+            except SafetensorError as error:  # of a full disk, say
+                raise OSError(f"{self.folder / name} cannot be written: {error}") from error
         _save_state(self.folder, self.origin, [*self.done, *fit.trained])
+
+
+def _refuse_not_finite(module: Any, name: str) -> None:
+    """Before a component is kept.
+
+    Raises:
+        FloatingPointError: where it holds what is no number, or is none in half precision.
+    """
+    weights = module.state_dict().items()
+    if odd := [key for key, tensor in weights if not tensor.isfinite().all()]:
+        raise FloatingPointError(
+            f"{len(odd)} trained tensors of {name} are not finite in half precision ({odd[0]}, "
+            "...), so it is not kept. Lower its lr."
+        )
 
 
 class Examples:
@@ -274,8 +304,22 @@ class Examples:
 
 
 def _state(folder: Path) -> dict[str, Any]:
+    """What was made there by which recipe; empty where nothing was.
+
+    Raises:
+        ValueError: for a file that does not say so.
+    """
     file = folder / STATE
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+        return {"origin": str(found["origin"]), "done": [str(name) for name in found["done"]]}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}); expected the origin of the generator and what of it "
+            f"is done. Remove {folder} to train it anew."
+        ) from error
 
 
 def _save_state(folder: Path, origin: str, done: Sequence[str]) -> None:

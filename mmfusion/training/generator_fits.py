@@ -8,6 +8,7 @@ train-generator``); published ones are taken as they are. M items.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,10 +47,10 @@ class Effort:
     precision: Literal["bf16-mixed", "32-true"] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.lr <= 0:
+        if self.steps < 1 or self.batch < 1 or not 0 < self.lr < math.inf:
             raise ValueError(
                 f"steps is {self.steps}, batch {self.batch}, lr {self.lr}; expected 1 or more, 1 "
-                "or more, and more than 0."
+                "or more, and a finite number above 0."
             )
 
 
@@ -69,6 +70,20 @@ class Fit(L.LightningModule, ABC):
         loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step that would make every weight NaN.
+
+        Raises:
+            FloatingPointError: where the gradients are not finite.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise FloatingPointError(
+                f"{type(self).__name__}: the gradients of step {self.global_step} of "
+                f"{self.effort.steps} are not finite; nothing of it is kept. Lower its lr "
+                f"({self.effort.lr}), or look for weights or media that hold no numbers."
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW, its rate by step."""
@@ -133,8 +148,18 @@ class AutoencoderFit(GeneratorFit):
         return (error.abs() + error.square()).mean() + self.divergence * divergence
 
     def finish(self, items: Mapping[str, Tensor]) -> None:
-        """Bring the latents to unit variance, as denoisers expect them."""
-        self.generator.standardize(*moments(self.generator, items))
+        """Bring the latents to unit variance, as denoisers expect them.
+
+        Raises:
+            FloatingPointError: for latents that are not finite.
+        """
+        mean, std = moments(self.generator, items)
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise FloatingPointError(
+                f"the latents of the autoencoder, once it is trained, are not finite; it is not "
+                f"kept. Lower its lr ({self.effort.lr})."
+            )
+        self.generator.standardize(mean, std)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from mmfusion import tuning as tune
 from mmfusion.audit import AuditTable, audit
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
-from mmfusion.models.generators.base import Generator
+from mmfusion.models.generators.base import Generator, check_seed
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
@@ -156,6 +156,7 @@ class MultimodalModule(L.LightningModule):
         self.init_drop = init_drop or []
         self.compile_llm = compile
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        check_seed("model.seed", self.seed)
         self.inherited: set[str] = set()
         """Names of the weights that came from an earlier stage; checkpoints keep them."""
         self.strict_loading = False  # on_load_checkpoint is stricter: it knows what must be there

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmfusion.data.whole_file import write_whole
+from mmfusion.data.whole_file import alone, write_whole
+from tests.data.held import held
 
 
 def test_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -36,3 +37,16 @@ def test_new_file_has_the_permissions_of_any_other(
         file.write(b"x")
     (tmp_path / "b").touch()
     assert stat.S_IMODE(os.stat("a.idx").st_mode) == stat.S_IMODE(os.stat("b").st_mode)
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_lock_is_held_by_one_process_and_free_when_it_ends(tmp_path: Path, kill: bool) -> None:
+    lock = tmp_path / "new" / ".lock"
+    with held(lock, kill):
+        message = rf"another process is at work here \(it holds {lock}\); wait for it"
+        with pytest.raises(ValueError, match=message), alone(str(lock), "at work here"):
+            pass
+        assert lock.exists()
+    with alone(str(lock), "at work here"):
+        pass
+    assert not lock.exists()

@@ -20,8 +20,10 @@ from mmfusion.data.source import Source
 from mmfusion.data.writer import ShardWriter
 from mmfusion.processing.stored import FEATURES, read_header, read_item
 from mmfusion.tools.data_rewriter import Rewriter, Runner
+from mmfusion.training.callbacks import audit
 from mmfusion.training.rebuild import from_recipe
 from mmfusion.types import DataError, Media
+from tests.data.held import held
 from tests.make_debug import make_debug
 from tests.training import pictures
 from tests.training.tiny import TinyConverter, fit, write_recipe
@@ -150,6 +152,28 @@ def test_an_interrupted_start_leaves_no_set_and_is_gone_on_with(
     assert sorted(files) == sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
     whole, again = (records(Shards(str(folder / "sources"))) for folder in (encoded, out))
     assert [(set(record), key) for record, key in again] == [(set(r), key) for r, key in whole]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_is_named_where_the_cpu_has_no_instructions_for_it(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(audit, "computes_bfloat16", lambda device: fast)
+    out = str(cache / f"half-{fast}")
+    main(["data", "encode", str(DEBUG), "--out", out, "--trainer.precision=bf16-mixed"])
+    said = "trainer.precision: half precision, for which this CPU has no instructions"
+    assert (said in capsys.readouterr().err) == (not fast)
+
+
+def test_two_processes_do_not_write_one_set(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cache / "twice"
+    with held(out / ".lock"), pytest.raises(SystemExit):
+        main(["data", "encode", str(DEBUG), "--out", str(out), "--batch_size=5"])
+    said = f"another process is making features in {out} (it holds {out}/.lock); wait for it"
+    assert said in capsys.readouterr().err
+    assert not (out / ".unfinished").exists()
 
 
 def test_what_another_recipe_left_unfinished_is_begun_anew(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
+import resource
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from mmfusion.training.generator_fits import (
     moments,
     run_fit,
 )
+from tests.data.held import held
 
 RECIPES = Path("recipes/quickstart/generators")
 FEW = {"steps": 2, "batch": 4, "lr": 1e-3}
@@ -223,6 +228,11 @@ def test_weights_of_shipped_recipes_take_at_most_10_mb(modality: str, tmp_path: 
         ("--denoiser.steps=0", "steps is 0"),
         ("--denoiser.stepz=3", "stepz"),
         ("--source.shards=/nowhere/*.tar", "nowhere"),
+        ("--denoiser.lr=.nan", "lr nan; expected .* a finite number above 0"),
+        ("--autoencoder.lr=.inf", "lr inf; expected .* a finite number above 0"),
+        ("--condition_noise=.nan", "condition_noise is nan; expected 0 or more, finite"),
+        ("--divergence=.inf", "divergence is inf; expected 0 or more, finite"),
+        ("--divergence=-1", "divergence is -1.0; expected 0 or more, finite"),
     ],
 )
 def test_bad_recipes_are_refused(recipe: str, tmp_path: Path, override: str, message: str) -> None:
@@ -358,6 +368,74 @@ def test_the_denoiser_is_told_captions_with_noise_of_the_given_size(trained: Pat
 
     assert away(0.0) == 0.0
     assert away(0.3) == pytest.approx(0.3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"null", b"\xff\xfe\x00", b'{"origin": "x"}', b'{"done": []}']
+)
+def test_a_damaged_state_is_named(
+    recipe: str, trained: Path, tmp_path: Path, content: bytes
+) -> None:
+    for name, asked in (("image", "image"), (".clip.partial", "clip")):
+        folder = shutil.copytree(trained, tmp_path / name)
+        (folder / "training.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{folder}/training\.json is damaged .* Remove"):
+            train(tmp_path / asked, recipe, overwrite=True)
+
+
+def test_a_disk_without_room_for_the_weights_is_named(recipe: str, tmp_path: Path) -> None:
+    """Files may grow to 20,000 bytes; what was there is gone on with."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\.image\.partial/vae cannot be written: "):
+            train(tmp_path / "image", recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    train(tmp_path / "image", recipe)
+
+
+def test_two_processes_do_not_train_in_one_folder(recipe: str, tmp_path: Path) -> None:
+    with held(tmp_path / ".image.lock"), pytest.raises(ValueError, match="another process is trai"):
+        train(tmp_path / "image", recipe)
+    train(tmp_path / "image", recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_to_the_folder_that_it_names(
+    recipe: str, trained: Path, tmp_path: Path, there: bool
+) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    if there:
+        shutil.copytree(trained, real)
+    link.symlink_to(real)
+    train(link, recipe, "--seed=1", overwrite=True)
+    assert link.is_symlink()
+    assert (real / "training.json").read_text() != (trained / "training.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "done"),
+    [
+        ("--autoencoder.lr=1e30", "AutoencoderFit: the gradients of step [1-5] of 6", []),
+        ("--denoiser.lr=1e12", "DenoiserFit: the gradients of step [1-5] of 6", ["vae"]),
+        # Finite in float32, in which it trains, but not as it is kept.
+        ("--denoiser.lr=1e6", "(gradients|trained tensors of .* not finite in half)", ["vae"]),
+    ],
+)
+def test_a_training_that_comes_to_no_numbers_makes_no_generator(
+    recipe: str, tmp_path: Path, override: str, message: str, done: list[str]
+) -> None:
+    part = override.partition(".")[0]
+    with pytest.raises(FloatingPointError, match=message):
+        train(tmp_path / "image", recipe, override, f"{part}.steps=6")
+    assert not (tmp_path / "image").exists()
+    state = json.loads((tmp_path / ".image.partial" / "training.json").read_text())
+    assert state["done"] == done
 
 
 def test_less_than_no_noise_is_refused(recipe: str, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import mmfusion
@@ -125,6 +128,46 @@ def test_what_no_objective_needs_is_not_loaded(home: Path, tmp_path: Path) -> No
     assert generator.text_encoder is not None
     assert generator.vae is None
     assert generator.denoiser is None
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_parts_that_are_built_for_an_answer_have_the_precision_of_the_others(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """The stage needs the text encoder alone; the others come when a picture is made."""
+    options: dict[str, Any] = {**SHORT, "model__objectives": ALIGNED}
+    half = {
+        "class_path": "mmfusion.models.generators.stable_diffusion.StableDiffusion",
+        "init_args": {"path": f"{home}/sd", "dtype": "bfloat16"},
+    }
+    run = fit(recipe(home, run_dir=f"{tmp_path}/run", model__generators={"image": half}, **options))
+    monkeypatch.setattr(mmfusion.inference, "computes_bfloat16", lambda device: fast)
+    asked: list[tuple[torch.dtype | None, torch.dtype]] = [
+        (None, torch.bfloat16 if fast else torch.float32), (torch.float32, torch.float32),
+    ]  # fmt: skip
+    for given, expected in asked:
+        used = mmfusion.load(run.path, device="cpu", dtype=given)
+        answer = used.generate(
+            ask("w1"), max_new_tokens=3, sampling=SAMPLING, **only(used, "<image_0>")
+        )
+        assert [media.modality for media in answer.media] == ["image"]
+        generator = used.model.generator("image")
+        for part in (generator.text_encoder, generator.vae, generator.denoiser):
+            assert {p.dtype for p in part.parameters()} == {expected}
+
+
+def test_a_stage_whose_answers_never_hold_media_says_so(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "no sample of the last 2 steps held media of image in its answers, though its part"
+    for sources, missing in ((["words"], True), (["words", "pairs"], False)):
+        path = recipe(home, run_dir=f"{tmp_path}/{len(sources)}", **SHORT)
+        content = yaml.safe_load(path.read_text())
+        given = content["data"]["sources"]
+        content["data"]["sources"] = {name: given[name] for name in sources}
+        path.write_text(yaml.safe_dump(content))
+        fit(path)
+        assert (said in capsys.readouterr().err) == missing
 
 
 def test_losses_are_summed_by_the_weights_of_their_objectives(home: Path, tmp_path: Path) -> None:
@@ -412,3 +455,48 @@ def test_the_chat_saves_what_it_is_answered(
     assert [file.name for file in files] == ["0001.png", "0002.png"]
     assert all(f"(image {file})" in out for file in files)
     assert [message.role for message in session.history] == ["user", "assistant"] * 2
+
+
+def test_media_that_cannot_be_saved_leave_the_conversation_as_it_is(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"max_new_tokens": 3, "sampling": SAMPLING, **only(chat, "<image_0>")}
+    folder = tmp_path / "answers"
+    session = Session(chat, options, media_dir=folder)
+    folder.write_text("a file")
+    session.handle("w31 w1")
+    assert f"error: [Errno 17] File exists: '{folder}'" in capsys.readouterr().out
+    assert [message.role for message in session.history] == ["user", "assistant"]
+    assert [part.modality for part in session.history[1].content] == ["image"]
+    folder.unlink()
+    session.handle("w31 w1")
+    assert [file.name for file in folder.iterdir()] == ["0001.png"]
+
+
+def test_a_picture_for_which_there_is_no_room_leaves_no_file(chat: Chat, tmp_path: Path) -> None:
+    """Files may grow to 40 bytes."""
+    session = Session(chat, {}, media_dir=tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/0001\.png'"):
+            session._save(Media("image", bytes(60_000), "png"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["afile", "afile/answers", "dangling"])
+def test_a_folder_that_cannot_hold_answers_is_refused_before_the_first(
+    stage2: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        main(["chat", str(stage2), f"--media_dir={tmp_path}/{name}", "--device=cpu"])
+    place = tmp_path / name.partition("/")[0]
+    said = capsys.readouterr()
+    assert f"--media_dir={tmp_path}/{name}: {place} is no folder that can be written" in said.err
+    assert "is ready" not in said.out

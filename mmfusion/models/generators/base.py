@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ CAPTIONS_TOGETHER = 32
 """That are encoded in one pass: those of a whole optimizer step may be many."""
 
 
+def check_seed(name: str, seed: Any) -> None:
+    """Before anything is drawn.
+
+    Args:
+        name: of the option.
+        seed: given for it.
+
+    Raises:
+        ValueError: for what torch's generators do not take.
+    """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(
+            f"{name} is {seed!r}; expected a whole number of 64 bits, from -2**63 to 2**63 - 1."
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How media are drawn.
@@ -45,7 +62,8 @@ class Sampling:
         seed: of the noise; item m draws from seed + m. Or a seed for each item.
 
     Raises:
-        ValueError: for no steps, or a scale that is negative or not finite.
+        ValueError: for no steps, a scale that is negative or not finite, seeds of more than 64
+            bits, or what is no number.
     """
 
     steps: int = 50
@@ -53,13 +71,16 @@ class Sampling:
     seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps is {self.steps}; expected 1 or more.")
-        if not 0 <= self.guidance_scale < math.inf:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"sampling.steps is {self.steps!r}; expected 1 or more.")
+        scale = self.guidance_scale
+        if not isinstance(scale, Real) or not 0 <= scale < math.inf:
             raise ValueError(
-                f"sampling.guidance_scale is {self.guidance_scale}; expected a finite number, 0 or "
-                "more (1: no guidance)."
+                f"sampling.guidance_scale is {scale!r}; expected a finite number, 0 or more (1: no "
+                "guidance)."
             )
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            check_seed("sampling.seed", seed)
 
     def noise(self, count: int) -> list[torch.Generator]:
         """What each of ``count`` items draws from, on the CPU: the same on any device."""
@@ -78,6 +99,8 @@ class Generator(nn.Module, ABC):
     """
 
     modality: str
+    dtype: torch.dtype = torch.float32
+    """Of the weights of parts that :meth:`build` makes."""
     stored_empty: Conditioning | None = None
     """The text encoding of "", where it was stored."""
 

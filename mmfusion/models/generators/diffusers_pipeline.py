@@ -27,11 +27,18 @@ from transformers import AutoTokenizer
 from mmfusion.models.generators.base import TEXT_ENCODER, Generator, Sampling
 from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
 from mmfusion.models.generators.sampler_steps import check_steps
-from mmfusion.models.loading import checked_path, reading, refuse_missing
+from mmfusion.models.loading import checked_path, reading, refuse_missing, refuse_not_finite
 from mmfusion.types import Conditioning, Media
 
 INDEX = "model_index.json"
 DType = Literal["float32", "bfloat16", "float16"]
+RANGES = {
+    ("scheduler", "num_train_timesteps"): (1, 100_000),
+    ("vae", "scaling_factor"): (1e-6, 1e6),
+}
+"""Of configurations that come from strangers: with others the loss would be of nothing, or not
+end.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,13 @@ class DiffusersPipeline(Generator):
         """
         present = {}
         for name, component in self.components.items():
-            found = (self.index.get(component.folder) or (None, None))[1]
+            entry = self.index.get(component.folder) or (None, None)
+            if not isinstance(entry, list | tuple) or len(entry) != 2:
+                raise ValueError(
+                    f"{self.path}/{INDEX}: {component.folder} is {entry!r}; expected the library "
+                    "and the class of the component."
+                )
+            found = entry[1]
             if found is None and component.optional:
                 continue
             if found not in (component.kind.__name__, *component.aliases):
@@ -106,10 +119,18 @@ class DiffusersPipeline(Generator):
                 )
             present[name] = (component.folder, "config.json")
         present["scheduler"] = ("scheduler", "scheduler_config.json")
-        return {
+        configs = {
             name: pipeline_config(self.path, folder, file, self.revision)
             for name, (folder, file) in present.items()
         }
+        for (name, key), (least, most) in RANGES.items():
+            value = configs.get(name, {}).get(key, least)
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise ValueError(
+                    f"{self.path}: {key} of its {name} is {value!r}; expected {least:g} to "
+                    f"{most:g}. Is it the folder of a diffusers pipeline, as it was published?"
+                )
+        return configs
 
     def check_width(self, takes: int, gives: int, what: str = "conditioning") -> None:
         """Of what text encoders, or for latents the VAE, hand to the denoiser.
@@ -158,6 +179,7 @@ class DiffusersPipeline(Generator):
                 output_loading_info=True,
             )
         refuse_missing(info, f"{self.path}/{component.folder}", kind.__name__)
+        refuse_not_finite(model, f"{self.path}/{component.folder}")
         return model
 
     def scaled(self, latents: Tensor) -> Tensor:
@@ -176,9 +198,10 @@ class DiffusersPipeline(Generator):
     def tokenizer(self, folder: str = "tokenizer") -> Any:
         """One of the pipeline's."""
         if folder not in self._tokenizers:
-            self._tokenizers[folder] = AutoTokenizer.from_pretrained(
-                self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
-            )
+            with reading(Path(self.path) / folder):
+                self._tokenizers[folder] = AutoTokenizer.from_pretrained(
+                    self.path, subfolder=folder, revision=self.revision, trust_remote_code=False
+                )
         return self._tokenizers[folder]
 
     def tokenize(
@@ -301,4 +324,7 @@ def pipeline_config(path: str, part: str, file: str, revision: str | None = None
 
         found = Path(hf_hub_download(path, file, subfolder=part or None, revision=revision))
     with reading(found.parent):
-        return dict(json.loads(found.read_bytes()))
+        content = json.loads(found.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{found} holds {str(content)[:40]}; expected a JSON object.")
+    return content

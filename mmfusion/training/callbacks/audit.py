@@ -16,12 +16,16 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from mmfusion.audit import check_reaches_loss
+from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
 from mmfusion.types import Batch
 
 log = logging.getLogger(__name__)
+
+ANSWERS = " in its answers"
+"""Where media of output projectors are; those of input projectors are anywhere else."""
 
 
 class Audit(L.Callback):
@@ -38,7 +42,7 @@ class Audit(L.Callback):
         self._reached: dict[torch.nn.Parameter, None] = {}
         self._hooks: list[RemovableHandle] = []
         self._began = 0
-        self._seen: dict[str, bool] = {}
+        self._seen: dict[tuple[str, str], bool] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the table before anything is spent."""
@@ -46,8 +50,7 @@ class Audit(L.Callback):
         table = module.audit
         assert table is not None
         log.info("what trains:\n%s", table)
-        if not computes_bfloat16(module.device):
-            _warn_of_half(module, str(trainer.precision))
+        warn_of_half(module.model, str(trainer.precision), module.device)
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
             columns = [field.name for field in fields(table.rows[0])]
             rows = [list(astuple(row)) for row in table.rows]
@@ -67,20 +70,23 @@ class Audit(L.Callback):
         batch_idx: int,
     ) -> None:
         """Note which modalities came; warn once of those that never did."""
-        for modality in self._seen:
-            self._seen[modality] |= not batch.host.media[modality].idle
+        for what, modality in self._seen:
+            held = batch.host.targets if what == ANSWERS else batch.host.media
+            self._seen[what, modality] |= not held[modality].idle
         if not self._seen or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         steps = trainer.global_step - self._began
         if steps == self.warn_after or trainer.global_step == trainer.max_steps:
             mine = torch.tensor(list(self._seen.values()), dtype=torch.int32)
             seen = trainer.strategy.reduce(mine.to(pl_module.device), reduce_op="sum")
-            if never := [name for name, n in zip(self._seen, seen.tolist(), strict=True) if not n]:
+            never = [name for name, n in zip(self._seen, seen.tolist(), strict=True) if not n]
+            for place in dict.fromkeys(what for what, _ in never):
                 log.warning(
-                    "no sample of the last %d steps held media of %s, though its part trains: it "
+                    "no sample of the last %d steps held media of %s%s, though its part trains: it "
                     "learned nothing in them; add a source with such media, or freeze the part",
                     steps,
-                    ", ".join(never),
+                    ", ".join(modality for what, modality in never if what == place),
+                    place,
                 )
 
     def on_before_backward(
@@ -102,8 +108,17 @@ class Audit(L.Callback):
             self._checked = True
 
 
-def _warn_of_half(module: MultimodalModule, precision: str) -> None:
-    parts = {".".join(n.split(".")[1:3]) for n, p in module.named_parameters() if p.dtype in HALF}
+def warn_of_half(model: AnyToAnyModel, precision: str, device: torch.device) -> None:
+    """Where a CPU would take a hundred times as long as it needs.
+
+    Args:
+        model: built, as far as it is run.
+        precision: of the trainer.
+        device: where it is run.
+    """
+    if computes_bfloat16(device):
+        return
+    parts = {".".join(n.split(".")[:2]) for n, p in model.named_parameters() if p.dtype in HALF}
     places = [*(["trainer.precision"] if "16" in precision else []), *sorted(parts)]
     if places:
         log.warning(
@@ -114,12 +129,15 @@ def _warn_of_half(module: MultimodalModule, precision: str) -> None:
         )
 
 
-def _training_modalities(module: MultimodalModule) -> list[str]:
-    """Modalities whose encoder or input projector trains."""
+def _training_modalities(module: MultimodalModule) -> list[tuple[str, str]]:
+    """Modalities whose encoder or projector trains, with where a sample holds their media."""
     model = module.model
-    parts = {name: (model.encoders[name], model.input_projectors[name]) for name in model.encoders}
+    parts = [
+        *((("", m), (model.encoders[m], model.input_projectors[m])) for m in model.encoders),
+        *(((ANSWERS, m), (model.output_projectors[m],)) for m in model.output_projectors),
+    ]
     return [
-        name
-        for name, both in parts.items()
-        if any(parameter.requires_grad for part in both for parameter in part.parameters())
+        place
+        for place, own in parts
+        if any(parameter.requires_grad for part in own for parameter in part.parameters())
     ]

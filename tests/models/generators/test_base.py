@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any, cast
+
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +35,24 @@ def test_samplings_that_draw_nothing_are_refused() -> None:
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"guidance_scale is {scale}; expected a finite"):
             Sampling(guidance_scale=scale)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**70, -(2**63) - 1, 1.5, "7", None, [3], (1, 2**64)])
+def test_seeds_that_no_generator_takes_are_refused(seed: Any) -> None:
+    odd = seed[-1] if isinstance(seed, tuple) else seed
+    with pytest.raises(ValueError, match=re.escape(f"sampling.seed is {odd!r}; expected a whole")):
+        Sampling(seed=seed)
+
+
+def test_the_largest_seeds_draw_several_items() -> None:
+    for seed in (2**63 - 1, -(2**63)):
+        assert len(set(drawn(Sampling(seed=seed), 3))) == 3
+
+
+def test_what_is_no_number_is_refused() -> None:
+    for steps in (2.5, "3", None):
+        with pytest.raises(ValueError, match=rf"sampling\.steps is {steps!r}; expected 1 or more"):
+            Sampling(steps=cast(int, steps))
+    with pytest.raises(ValueError, match=r"sampling\.guidance_scale is '7'; expected a finite"):
+        Sampling(guidance_scale=cast(float, "7"))
+    assert Sampling(guidance_scale=cast(float, np.float32(3))).guidance_scale == 3

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.noise import generators_of
@@ -80,3 +85,52 @@ def test_guidance_takes_any_number_of_tokens(generator: StableDiffusion) -> None
 def test_a_size_that_latents_do_not_divide_is_refused(generator: StableDiffusion) -> None:
     with pytest.raises(ValueError, match="size is 17; expected a multiple of 2"):
         StableDiffusion(generator.path, size=17)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("model_index.json", "unet", "x", "unet is 'x'; expected the library and the class"),
+        ("model_index.json", "vae", {"a": 1}, "vae is {'a': 1}; expected the library"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0, "scheduler is 0; expected 1"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**13, "expected 1 to 100000"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x", "is 'x'; expected 1 to"),
+        ("vae/config.json", "scaling_factor", 0.0, "scaling_factor of its vae is 0.0; expected"),
+        ("vae/config.json", "scaling_factor", None, "scaling_factor of its vae is None; expected"),
+        ("vae/config.json", "scaling_factor", float("nan"), "of its vae is nan; expected"),
+        ("vae/config.json", None, [1], "vae/config.json holds [1]; expected a JSON object"),
+        ("unet/config.json", None, None, "unet/config.json (200000 bytes) cannot be read: max"),
+    ],
+)
+def test_configurations_that_no_pipeline_has_are_refused_by_name(
+    generator: StableDiffusion, tmp_path: Path, file: str, key: str, value: Any, message: str
+) -> None:
+    folder = shutil.copytree(generator.path, tmp_path / "sd")
+    content = json.loads((folder / file).read_text())
+    text = json.dumps({**content, key: value} if key else value)
+    (folder / file).write_text("[" * 200_000 if value is key else text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StableDiffusion(str(folder))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    generator: StableDiffusion, tmp_path: Path, part: str
+) -> None:
+    folder = shutil.copytree(generator.path, tmp_path / "sd")
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[0] = torch.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    message = f"1 weights of .* in {folder}/{part} are not finite: \\['{re.escape(name)}'"
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion(str(folder)).build(PARTS)
+
+
+def test_a_damaged_tokenizer_is_named(generator: StableDiffusion, tmp_path: Path) -> None:
+    folder = shutil.copytree(generator.path, tmp_path / "sd")
+    for file in (folder / "tokenizer").glob("*.json"):
+        file.write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match=rf"{folder}/tokenizer/\S+\.json \(2 bytes\) cannot be"):
+        StableDiffusion(str(folder)).tokenizer()
