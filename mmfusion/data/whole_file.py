@@ -71,13 +71,16 @@ def alone(path: str, work: str) -> Iterator[None]:
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
                 raise
+            held = False
+        if not held:  # or it was removed, and made anew, after it was opened here
             raise ValueError(
                 f"another process is {work} (it holds {path}); wait for it, stop it, or choose "
                 "another folder."
-            ) from None
+            )
         try:
             yield
         finally:

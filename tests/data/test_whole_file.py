@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +52,20 @@ def test_a_lock_is_held_by_one_process_and_free_when_it_ends(tmp_path: Path, kil
     with alone(str(lock), "at work here"):
         pass
     assert not lock.exists()
+
+
+def test_a_lock_that_was_removed_since_it_was_opened_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that held it ends, and a third process makes the file anew, just before we lock."""
+    lock, real = tmp_path / ".lock", fcntl.lockf
+
+    def late(file: Any, how: int) -> None:
+        lock.unlink()
+        lock.touch()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with pytest.raises(ValueError, match="another process is at work"), alone(str(lock), "at work"):
+        pass
+    assert lock.exists()
