@@ -85,3 +85,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""What strategies leave in the environment of a process that has trained."""
+
+
+@pytest.fixture(autouse=True)
+def _not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process must not make those that a test starts ranks of nothing: they would
+    wait for one another.
+    """
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -227,8 +228,10 @@ JUDGES: dict[str, tuple[type[SmallJudge], str, Effort]] = {
 """The judge of each modality, the data set it is trained on, and how long."""
 
 
-def make_judges() -> dict[str, SmallJudge]:
-    """One for each modality, trained where it is not yet there."""
+def make_judges(small: bool = False) -> dict[str, SmallJudge]:
+    """One for each modality, trained where it is not yet there; with ``small`` in a tenth of the
+    steps.
+    """
     found = {}
     data = cache_dir() / "media_data"
     sets = json.loads((data / "origin.json").read_text())
@@ -236,9 +239,11 @@ def make_judges() -> dict[str, SmallJudge]:
         source = Source(
             str(data / name / "train-*.tar"), TextToMedia(prompts={modality: ["{caption}"]})
         )
+        if small:
+            effort = replace(effort, steps=effort.steps // 10)
         origin = {"data": sets, "effort": repr(effort), "version": VERSION}
         folder = make_folder(
-            cache_dir() / "judges" / modality,
+            cache_dir() / "judges" / (f"{modality}-small" if small else modality),
             origin,
             partial(_train_into, kind, source, effort),
         )

@@ -43,17 +43,17 @@ SMALL = {
         "--validation.generate_samples=4",
     ],
     STAGE2: [
-        "--trainer.max_steps=10",
-        "--val_every_n_steps=10",
+        "--trainer.max_steps=6",
+        "--val_every_n_steps=6",
         "--data.pack_tokens=160",
-        "--data.val_limit=8",
+        "--data.val_limit=4",
         "--model.compile=false",
     ],
     LAST: [
-        "--trainer.max_steps=8",
-        "--val_every_n_steps=8",
+        "--trainer.max_steps=5",
+        "--val_every_n_steps=5",
         "--data.pack_tokens=400",
-        "--data.val_limit=8",
+        "--data.val_limit=4",
         "--model.compile=false",
         "--validation.generate_samples=2",
     ],
@@ -66,9 +66,9 @@ IN_FLOAT32 = [
 ]
 """What changes on CPUs that have no instructions for bfloat16."""
 SMALL_GENERATORS = {
-    "image": ["--autoencoder.steps=40", "--denoiser.steps=40"],
-    "audio": ["--autoencoder.steps=20", "--denoiser.steps=20"],
-    "video": ["--autoencoder.steps=20", "--denoiser.steps=20"],
+    "image": ["--autoencoder.steps=20", "--denoiser.steps=20"],
+    "audio": ["--autoencoder.steps=10", "--denoiser.steps=10"],
+    "video": ["--autoencoder.steps=10", "--denoiser.steps=10"],
 }
 INTERRUPTED = "\nInterrupted. The same line again goes on."
 
@@ -155,7 +155,7 @@ def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None
     with steps.next("Classifiers of true media, to judge with"):
         from mmfusion.tools.quickstart.judges import make_judges
 
-        judges = make_judges()
+        judges = make_judges(small)
     paths = [
         f"--model.generators.{modality}.init_args.path={cache_dir()}/generators/{modality}-small"
         for modality in (GENERATORS if small else ())

@@ -27,7 +27,10 @@ from mmfusion.tools.quickstart.measure_media import Said, Sizes, measure_media
 from mmfusion.tools.quickstart.report import Shown, render
 from mmfusion.types import Media, Text
 
-SIZES = {False: Sizes(96, QUESTIONS[False], HELD_OUT[False]), True: Sizes(8, 40, HELD_OUT[True])}
+SIZES = {
+    False: Sizes(96, QUESTIONS[False], HELD_OUT[False]),
+    True: Sizes(6, 30, HELD_OUT[True] // 2),
+}
 """By ``small``."""
 
 SHOWN = 8
