@@ -271,13 +271,14 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
 
     media = json.loads((answering / "figures.json").read_text())
     assert set(media["right"]) == set(media["judges"]) == {"image", "audio", "video"}
-    assert all(figure["value"] > 0.2 for figure in media["judges"].values())  # of 8 and more kinds
-    assert set(media["understanding"]) == {"shapes", "stamps", "motions"}
+    # A tenth of their training; of 8 kinds and more one is right by chance.
+    assert sum(figure["value"] for figure in media["judges"].values()) / 3 > 0.4
+    assert {"shapes", "motions"} <= set(media["understanding"])
     assert set(media["training"]) == {"stage 2", "last stage"}
     for found in media["denoising"].values():
         assert found["ours"]["value"] > 0
         assert found["gain"]["bound"] == 0.8
-    printed = [text.split("  ")[0].strip() for text in done.stdout.splitlines()]
+    printed = [text.strip().split("  ")[0] for text in done.stdout.splitlines()]
     for what, _, _ in media_rows(media):
         assert what.strip() in printed
     made = (answering / "report.html").read_text()
