@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from mmfusion.training.loggers import read_metrics
-from tests.models.tiny import save_llm
 from tests.training import jobs
-from tests.training.pictures import FULL, NEW, objective, prepare, recipe
+from tests.training.pictures import FULL, NEW, aligned_rows, objective, prepare, recipe
 from tests.training.tiny import recorded
 
 HEALTH = "tests.training.callbacks.test_media_health"
@@ -70,17 +69,7 @@ def lacking(folder: Path) -> set[int]:
 
 
 def test_a_rank_without_pictures_reaches_the_llm_without_next_token_too(home: Path) -> None:
-    """New rows, shared with the output head, that alignment alone trains."""
-    save_llm(home / "tied", tie_word_embeddings=True)
-    path = recipe(
-        home,
-        trainer__max_steps=6,
-        model__llm__init_args__path=f"{home}/tied",
-        model__objectives={"align": objective("align")},
-        data__pack_tokens=24,
-        data__packs_per_step=2,
-        data__sources__words__weight=3,
-    )
+    path = aligned_rows(home)
     alone, two = run(home, "align-one", 1, 1, path), run(home, "align-two", 2, 1, path)
     assert lacking(home / "align-two-packs")
     assert len(alone) > 3  # steps with a picture

@@ -17,9 +17,17 @@ from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.strategies.zero import _refuse_numbers
-from tests.models.tiny import save_llm
 from tests.training import jobs
-from tests.training.pictures import FULL, NEW, OUTPUT, SMALL, objective, prepare, recipe
+from tests.training.pictures import (
+    FULL,
+    NEW,
+    OUTPUT,
+    SMALL,
+    aligned_rows,
+    objective,
+    prepare,
+    recipe,
+)
 from tests.training.tiny import HERE, TINY, losses, recorded, refused, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -137,18 +145,7 @@ def lacking(counts: dict[tuple[int, int], int]) -> set[int]:
 
 
 def test_a_rank_without_pictures_reaches_the_llm_without_next_token_too(home):
-    """New rows, shared with the output head, that alignment alone trains."""
-    save_llm(home / "tied", tie_word_embeddings=True)
-    path = recipe(
-        home,
-        trainer__max_steps=6,
-        model__llm__init_args__path=f"{home}/tied",
-        model__objectives={"align": objective("align")},
-        data__pack_tokens=24,
-        data__packs_per_step=2,
-        data__packs_per_micro_batch=1,
-        data__sources__words__weight=3,
-    )
+    path = aligned_rows(home, data__packs_per_micro_batch=1)
     ours, theirs = (
         losses(RunDirectory(run(home, path, f"align{world}", world, *options)))
         for world, options in ((1, []), (2, zero(3)))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmfusion.data.writer import ShardWriter
 from tests.models.generators.tiny import save_stable_diffusion
+from tests.models.tiny import save_llm
 from tests.training.tiny import write_recipe
 
 OUTPUT = "mmfusion.models.output_projectors.query_decoder.QueryDecoder"
@@ -78,3 +79,20 @@ def recipe(home: Path, **changes: object) -> Path:
         "trainer__max_steps": 12,
     }
     return write_recipe(home, **defaults | changes)
+
+
+def aligned_rows(home: Path, **changes: object) -> Path:
+    """A recipe in whose steps a rank may have no picture to make: alignment alone trains the rows
+    of new tokens, which the output head shares.
+    """
+    save_llm(home / "tied", tie_word_embeddings=True)
+    return recipe(
+        home,
+        trainer__max_steps=6,
+        model__llm__init_args__path=f"{home}/tied",
+        model__objectives={"align": objective("align")},
+        data__pack_tokens=24,
+        data__packs_per_step=2,
+        data__sources__words__weight=3,
+        **changes,
+    )
