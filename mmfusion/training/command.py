@@ -205,10 +205,11 @@ class RecipeCommand(LightningCLI):
 
     def _default_callbacks(self) -> list[L.Callback]:
         """Those of the command; one of the same class in ``trainer.callbacks`` takes its place."""
-        config, found = self.config_init, []
+        config: Any = self.config_init
+        found: list[L.Callback] = [Audit()]
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            found = [StreamStateCallback(), Audit(), Monitor(), progress, config.checkpoint]
+            found = [StreamStateCallback(), *found, Monitor(), progress, config.checkpoint]
         if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
         return found

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
 
 from mmfusion.audit import check_reaches_loss
@@ -50,7 +51,7 @@ class Audit(L.Callback):
         table = module.audit
         assert table is not None
         log.info("what trains:\n%s", table)
-        warn_of_half(module.model, str(trainer.precision), module.device)
+        _warn(trainer, module)
         if trainer.is_global_zero and (wandb := wandb_of(trainer)) and table.rows:
             columns = [field.name for field in fields(table.rows[0])]
             rows = [list(astuple(row)) for row in table.rows]
@@ -60,6 +61,19 @@ class Audit(L.Callback):
         self._checked = False
         self._seen = dict.fromkeys(_training_modalities(module), False)
         self._began = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """``validate`` has no start of a fit."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            _warn(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As before ``validate``."""
+        _warn(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As before ``validate``."""
+        _warn(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -106,6 +120,11 @@ class Audit(L.Callback):
                 hook.remove()
             check_reaches_loss(cast(MultimodalModule, pl_module).model, self._reached)
             self._checked = True
+
+
+def _warn(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    model = cast(MultimodalModule, pl_module).model
+    warn_of_half(model, str(trainer.precision), pl_module.device)
 
 
 def warn_of_half(model: AnyToAnyModel, precision: str, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mmfusion.cli import main
 from mmfusion.data.writer import ShardWriter
 from mmfusion.training.callbacks import audit
 from tests.training.tiny import fit, write_recipe
@@ -36,6 +37,23 @@ def test_half_precision_is_named_where_the_cpu_has_no_instructions_for_it(
                      model__schedule={"warmup_steps": 0}))  # fmt: skip
     said = "trainer.precision: half precision, for which this CPU has no instructions"
     assert (said in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_half_precision_is_named_where_nothing_trains_as_well(
+    tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.setattr(audit, "computes_bfloat16", lambda device: False)
+    write_recipe(tmp_path)  # the shards
+    source = {
+        "shards": str(tmp_path / "val-*.tar"),
+        "converter": {"class_path": "tests.training.tiny.TinyConverter"},
+    }
+    recipe = write_recipe(
+        tmp_path, trainer__precision="bf16-mixed", data__val_sources={"val": source}
+    )
+    main([command, "-c", str(recipe), "--resume=none", "--wandb=off"])
+    assert capsys.readouterr().err.count("trainer.precision: half precision, for which") == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2])
