@@ -73,7 +73,7 @@ class ShardWriter:
         """Append a record.
 
         Args:
-            key: the sample's name; unique in the shard, without dots and slashes.
+            key: the sample's name; unique in the shard, without dots; it may have folders.
             record: extension without its leading dot (``jpg``, ``json``, ``0.jpg``) to content; the
                 files are written in this order.
 
@@ -232,11 +232,13 @@ class _OpenTar:
 
 
 def _check_key(key: str) -> None:
-    if not key or "." in key or "/" in key or CONTROL.search(key) or key.startswith("__"):
+    names = key.split("/")  # folders, where there are any: a path that stays below where it is
+    odd = any(not name or name.startswith("__") for name in names)
+    if odd or "." in key or CONTROL.search(key):
         raise ValueError(
-            f"key {key!r}: expected a name without dots (the first one starts the extension), "
-            "slashes and control characters, not empty, not starting with __; replace them, e.g. "
-            "by -"
+            f"key {key!r}: expected a name, or folders and a name with / between them, none of "
+            "them empty or starting with __, without dots (the first one starts the extension) and "
+            "control characters; replace them, e.g. by -"
         )
     _check_encodable(key)
 

@@ -150,7 +150,10 @@ class Rewriter:
         with ShardWriter(pattern, WHOLE_SHARD, WHOLE_SHARD, overwrite=True) as writer:
             for begin in range(first, last, size):
                 for key, record in self._records(range(begin, min(begin + size, last))):
-                    writer.write(key, record)
+                    try:
+                        writer.write(key, record)
+                    except ValueError as error:
+                        raise ValueError(f"{self.source.shards.paths[shard]}: {error}") from None
                     progress.update()
 
     def _records(self, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, bytes]]]:

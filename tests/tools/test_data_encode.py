@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,28 @@ def test_webdataset_and_the_strict_scanner_read_the_shards(encoded: Path) -> Non
     assert all(load_index(path).tolist() == scan(path).tolist() for path in paths)
     keys = [sample["__key__"] for sample in webdataset.WebDataset(paths, shardshuffle=False)]
     assert keys == [key for _, key in records(Shards(paths))]
+
+
+def test_keys_with_folders_stay_and_those_that_lead_out_are_refused(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png = next(iter(Shards(f"{cache}/debug/val-*.tar").read(0)[0].values()))
+    for name, key in (("folders", "birds/0001"), ("out", "../0001")):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "000000.tar", "w") as tar:
+            for member, content in ((f"{key}.PNG", png), (f"{key}.txt", b"w1")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        main(["data", "index", str(tmp_path / name)])
+    encode = ["data", "encode", str(DEBUG)]
+    shards = f"--data.sources.squares.shards={tmp_path}"
+    main([*encode, f"{shards}/folders", "--out", str(tmp_path / "f")])
+    assert [key for _, key in records(Shards(f"{tmp_path}/f/sources"))] == ["birds/0001"]
+    with pytest.raises(SystemExit):
+        main([*encode, f"{shards}/out", "--out", str(tmp_path / "g")])
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/out/000000.tar: key '../0001': expected a name, or folders" in said
 
 
 def test_features_instead_of_media_leave_no_picture(cache: Path, encoded: Path) -> None:
