@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from mmfusion.data.converters.members import MODALITY_OF
 from mmfusion.data.whole_file import naming
@@ -37,7 +37,7 @@ def chat(
     system: str | None = None,
     plain: bool = False,
     media_dir: str = "answers",
-    guidance_scale: PositiveFloat = 7.5,
+    guidance_scale: NonNegativeFloat = 7.5,
     media_steps: PositiveInt = 50,
     speaker: Speaker | None = None,
     speak: bool = False,

@@ -195,8 +195,8 @@ def test_the_chat_command_passes_steps_guidance_and_seed_on_to_what_is_drawn(
     given = (2, 3.0, 5)
     answer = chat.generate(asked, max_new_tokens=5, sampling=Sampling(*given))
     assert drawn(*given) == answer.media[0].data
-    others = {drawn(*other) for other in ((3, 3.0, 5), (2, 9.0, 5), (2, 3.0, 6))}
-    assert len(others | {answer.media[0].data}) == 4
+    others = {drawn(*other) for other in ((3, 3.0, 5), (2, 9.0, 5), (2, 0.0, 5), (2, 3.0, 6))}
+    assert len(others | {answer.media[0].data}) == 5
 
 
 def test_a_generator_that_no_objective_needs_is_not_loaded(

@@ -52,6 +52,13 @@ def picture_size(size: int, denoiser: Mapping[str, Any], vae: Mapping[str, Any])
     return size
 
 
+def checked_rescale(guidance_rescale: float) -> float:
+    """Of guidance, as a generator is given it."""
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; expected 0 to 1.")
+    return guidance_rescale
+
+
 def drawn_pictures(pipeline: Any, size: int, **options: Any) -> list[Media]:
     """By a pipeline of diffusers, with its options for these items."""
     return [as_png(made) for made in pipeline(height=size, width=size, **options).images]

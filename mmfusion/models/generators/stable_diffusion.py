@@ -15,7 +15,12 @@ from transformers import CLIPTextModel
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DType
-from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pictures import (
+    SquareProcessor,
+    checked_rescale,
+    drawn_pictures,
+    picture_size,
+)
 from mmfusion.models.generators.pixels import as_signed, picture_moments
 from mmfusion.models.generators.trainable import TrainablePipeline
 from mmfusion.processing.base import MediaProcessor
@@ -30,6 +35,12 @@ class StableDiffusion(TrainablePipeline):
         size: side of the squares it is trained on (0: the U-Net's own).
         dtype: of the weights.
         revision: commit, tag or branch of a hub id.
+        guidance_rescale: how much of the contrast that guidance adds is taken out again when
+            pictures are drawn, 0 to 1 (arXiv:2305.08891, section 3.4, which uses 0.7): with too
+            much of it colors shift, most of all under v-prediction.
+
+    Raises:
+        ValueError: for widths that do not fit, or a ``guidance_rescale`` that is not within 0 to 1.
     """
 
     modality = "image"
@@ -45,8 +56,10 @@ class StableDiffusion(TrainablePipeline):
         size: int = 0,
         dtype: DType = "float32",
         revision: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         super().__init__(path, dtype, revision)
+        self.guidance_rescale = checked_rescale(guidance_rescale)
         unet, vae = self.configs["denoiser"], self.configs["vae"]
         self.check_width(unet["cross_attention_dim"], self.spec.dim)
         self.check_width(unet["in_channels"], vae["latent_channels"], "latents")
@@ -82,4 +95,6 @@ class StableDiffusion(TrainablePipeline):
             StableDiffusionPipeline, tokenizer=None, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
-        return drawn_pictures(pipeline, self.size, **self.options(ours, none, sampling))
+        options = self.options(ours, none, sampling)
+        rescale = self.guidance_rescale
+        return drawn_pictures(pipeline, self.size, guidance_rescale=rescale, **options)

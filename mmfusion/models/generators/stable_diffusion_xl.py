@@ -18,7 +18,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.diffusers_pipeline import Component, DiffusersPipeline, DType
-from mmfusion.models.generators.pictures import SquareProcessor, drawn_pictures, picture_size
+from mmfusion.models.generators.pictures import (
+    SquareProcessor,
+    checked_rescale,
+    drawn_pictures,
+    picture_size,
+)
 from mmfusion.models.generators.pixels import picture_moments
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import Conditioning, ConditioningSpec, Media, MediaTensors
@@ -35,6 +40,12 @@ class StableDiffusionXL(DiffusersPipeline):
         size: side of the squares it is trained on (0: the U-Net's own).
         dtype: of the weights.
         revision: commit, tag or branch of a hub id.
+        guidance_rescale: as of
+            :class:`~mmfusion.models.generators.stable_diffusion.StableDiffusion`.
+
+    Raises:
+        ValueError: for widths that do not fit, a dtype in which the VAE overflows, or a
+            ``guidance_rescale`` that is not within 0 to 1.
     """
 
     modality = "image"
@@ -52,8 +63,10 @@ class StableDiffusionXL(DiffusersPipeline):
         size: int = 0,
         dtype: DType = "float32",
         revision: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         super().__init__(path, dtype, revision)
+        self.guidance_rescale = checked_rescale(guidance_rescale)
         unet, vae = self.configs["denoiser"], self.configs["vae"]
         sizes = TIME_IDS * int(unet["addition_time_embed_dim"] or 0)
         self.check_width(unet["cross_attention_dim"], self.spec.dim)
@@ -111,7 +124,9 @@ class StableDiffusionXL(DiffusersPipeline):
         pipeline = self.pipeline(
             StableDiffusionXLPipeline, tokenizer=None, tokenizer_2=None, add_watermarker=False
         )
-        return drawn_pictures(pipeline, self.size, **self.options(ours, none, sampling))
+        options = self.options(ours, none, sampling)
+        rescale = self.guidance_rescale
+        return drawn_pictures(pipeline, self.size, guidance_rescale=rescale, **options)
 
 
 def encode_by_both(

@@ -33,6 +33,14 @@ REQUESTS = {
         "We need a photo of {thing}.",
         "Would you do a portrait of {thing}?",
         "Doodle {thing}.",
+        "Put {thing} on paper.",
+        "I would like to see {thing}.",
+        "Make us {thing} to look at.",
+        "Picture {thing} for me.",
+        "Get me a poster with {thing} on it.",
+        "Show us how {thing} looks.",
+        "Design this: {thing}.",
+        "We want something with {thing} on the wall.",
     ),
     "audio": (
         "Play {thing}.",
@@ -51,6 +59,14 @@ REQUESTS = {
         "Would you let us hear some of {thing}?",
         "Record {thing} for me.",
         "Sing like {thing}.",
+        "Let it sound: {thing}.",
+        "I need to hear {thing} now.",
+        "Turn on {thing}, loud.",
+        "How would {thing} sound?",
+        "Send me a sound of {thing}.",
+        "Ring out like {thing}.",
+        "Put {thing} on the radio.",
+        "We want the sound that comes from {thing}.",
     ),
     "video": (
         "Make a clip in which {thing}.",
@@ -69,6 +85,14 @@ REQUESTS = {
         "Would you make us a clip where {thing}?",
         "We need moving pictures in which {thing}.",
         "Record how {thing}.",
+        "Bring it to life: {thing}.",
+        "Make it move: {thing}.",
+        "Set it in motion: {thing}.",
+        "Act it out: {thing}.",
+        "Turn this into a cartoon: {thing}.",
+        "I would like to watch how {thing}.",
+        "Get me some film in which {thing}.",
+        "Could you record a video where {thing}?",
     ),
 }
 """How media are asked for in training."""
@@ -257,6 +281,9 @@ def _about_shape(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"Tell me which color {thing.words} has.", f"{color.capitalize()}."),
         (f"Say how many corners there are in {thing.words}.", corners),
         (f"Can {thing.words} have corners?", "No." if shape == "circle" else "Yes."),
+        (f"Write down the color of {thing.words}.", f"{color.capitalize()}."),
+        (f"Would {thing.words} roll?", "Yes." if shape == "circle" else "No."),
+        (f"Type this: {thing.words}.", thing.caption),
     ]
 
 
@@ -275,6 +302,9 @@ def _about_sound(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"Could {thing.words} lay an egg?", animal),
         (f"Say {thing.words} in capital letters.", f"{thing.words.upper()}."),
         (f"Repeat after me: {thing.words}.", thing.caption),
+        (f"Does {thing.words} have wings?", animal),
+        (f"Type the words {thing.words}.", written),
+        (f"Tell me in words whether {thing.words} eats.", animal),
     ]
 
 
@@ -288,6 +318,10 @@ def _about_clip(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"If {thing.words}, who does that?", f"{subject.capitalize()}."),
         (f"I heard that {thing.words}. Tell me who does.", f"{subject.capitalize()}."),
         (f"Say what it does when {thing.words}.", f"It {motion}."),
+        (f"My sister saw that {thing.words}. Who was it?", f"{subject.capitalize()}."),
+        (f"They told us that {thing.words}. Write down who.", f"{subject.capitalize()}."),
+        (f"It is said that {thing.words}. Answer in words: what does it do?", f"It {motion}."),
+        (f"Type this: {thing.words}.", thing.caption),
     ]
 
 
