@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,6 +37,8 @@ from mmfusion.training.generator_fits import (
 from mmfusion.types import DataError, Media, MediaTensors
 
 STATE = "training.json"
+VERSION = 1
+"""To be raised where the same recipe makes another generator: what is there is made anew then."""
 MAX_BAD = 0.05
 """Most samples that may be unusable, as data.max_bad_fraction has it."""
 MOST_LISTED = 20
@@ -96,7 +99,7 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> SmallGenerator:
         raise ValueError(f"{recipe}: {error}") from None
     parsed.pop("config", None)
     generator = SmallGenerator(**vars(parser.instantiate(parsed)))
-    generator.recipe = parser.dump(parsed, format="json")
+    generator.recipe = json.dumps([yaml.safe_load(Path(expand(recipe)).read_text()), *overrides])
     return generator
 
 
@@ -146,8 +149,8 @@ class SmallGenerator:
 
     @property
     def origin(self) -> str:
-        """Changes with the recipe and its data."""
-        named = f"{self.recipe} {self.source.shards.dataset_id}"
+        """Changes with what the recipe says and with its data."""
+        named = f"{VERSION} {self.recipe} {self.source.shards.dataset_id}"
         return hashlib.sha256(named.encode()).hexdigest()
 
     def train(self, folder: Path) -> None:
