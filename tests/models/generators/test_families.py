@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,11 @@ from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.tuning import LoRA
 from mmfusion.types import Captions, Conditioning
 from tests.models.generators import tiny, tiny_sound
+from tests.models.generators.families import (
+    Family,
+    StableDiffusionFamily,
+    StableDiffusionXLFamily,
+)
 
 CLIP_L = {"max_position_embeddings": 77, "hidden_size": 768}
 CLIP_H = {"max_position_embeddings": 77, "hidden_size": 1024}
@@ -36,6 +43,34 @@ def test_sdxl_refuses_float16_where_its_vae_overflows(tmp_path: Path) -> None:
     config = Path(path) / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": False}))
     assert StableDiffusionXL(path, dtype="float16").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "family", [StableDiffusionFamily("v_prediction"), StableDiffusionXLFamily()]
+)
+def test_rescaled_guidance_draws_what_the_pipeline_draws_with_it(
+    tmp_path: Path, family: Family
+) -> None:
+    path = family.save(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=r"guidance_rescale is 1\.5; expected 0 to 1"):
+        family.make(path, guidance_rescale=1.5)
+    ours, none = family.encoded(path, ["a b"])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    for rescale in (0.0, 0.7, 1.0):
+        generator = family.make(path, guidance_rescale=rescale)
+        generator.build(PARTS)
+        (made,) = generator.sample(ours, none, Sampling(steps=3, guidance_scale=6.0, seed=7))
+        expected = pipeline(
+            "a b", num_inference_steps=3, guidance_scale=6.0, guidance_rescale=rescale,
+            height=16, width=16, generator=torch.Generator().manual_seed(7),
+        )  # fmt: skip
+        drawn.append(family.decoded(made))
+        wanted = torch.from_numpy(np.asarray(expected.images[0], dtype=np.float32))
+        assert (drawn[-1] - wanted).abs().max() <= 1
+    assert (drawn[1] - drawn[0]).abs().mean() > 1
+    assert (drawn[2] - drawn[1]).abs().mean() > 0.3
 
 
 @pytest.mark.parametrize("empty_is_zero", [True, False])
