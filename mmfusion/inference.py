@@ -39,13 +39,14 @@ NOT_TAKEN = {
     "stop_strings": "the text at which the answer ends is stop",
     "eos_token_id": "the tokens that end an answer are those of training",
     "pad_token_id": "padding is the tokenizer's",
+    "generation_config": "give what is in it, option by option",
     **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), _ONE),
     **dict.fromkeys(
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _ONE
     ),
 }
 """Options of Hugging Face's ``generate`` that :meth:`Chat.generate` refuses, and why."""
-BESIDE = {"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
+BESIDE = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 """Those it takes that are not in a ``GenerationConfig``."""
 
 
@@ -70,7 +71,17 @@ def load(
     model = load_module(run_dir, step).model
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    slow = () if computes_bfloat16(device) else HALF
+    try:
+        _to_precision(model, dtype, () if computes_bfloat16(device) else HALF)
+        return Chat(model.to(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+
+
+def _to_precision(
+    model: AnyToAnyModel, dtype: torch.dtype | None, slow: Sequence[torch.dtype]
+) -> None:
+    """All weights to ``dtype``; without one, those of a slow precision to fp32."""
 
     def wanted(kept: torch.dtype) -> torch.dtype:
         return dtype or (torch.float32 if kept in slow else kept)
@@ -81,10 +92,6 @@ def load(
     for modality in model.generators:  # what is built of them when media are made
         generator = model.generator(modality)
         generator.dtype = wanted(generator.dtype)
-    try:
-        return Chat(model.to(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
 class Answer(str):
@@ -208,8 +215,9 @@ class Chat:
         _check_options(options)
         if seed is not None:
             check_seed("seed", seed)
-        for modality in self.makes if sampling else []:
-            self.model.generator(modality).check(cast(Sampling, sampling))
+        sampling = sampling or Sampling()
+        for modality in self.makes:
+            self.model.generator(modality).check(sampling)
         batch = _is_batch(messages)
         if batch and stream:
             raise ValueError("stream=True answers one conversation; got a batch of them.")
@@ -226,7 +234,6 @@ class Chat:
         if stop:
             criteria.append(_StopAt(stop, self.processor.tokenizer))
         options["stopping_criteria"] = criteria
-        sampling = sampling or Sampling()
         if stream:
             return self._stream(prompts, seed, sampling, speak, options)
         with _seeded(seed):

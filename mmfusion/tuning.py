@@ -224,6 +224,8 @@ def apply(
     """
     claimed: list[tuple[str, Policy, Named]] = []
     for name, policies in tuning.items():
+        if _is_stored(model, name):  # nothing is there to freeze, and what trains is never stored
+            continue
         part = _part(model, name)
         for policy in [policies] if isinstance(policies, Policy) else policies:
             claimed.append((name, policy, policy.attach(name, part)))
@@ -284,6 +286,16 @@ def _groups(
         ),
     )
     return [group for group in groups if group["params"]]
+
+
+def _is_stored(model: AnyToAnyModel, name: str) -> bool:
+    """Whether it names what is not built because its work comes with the targets."""
+    return any(
+        f"{name}.".startswith(f"generators.{modality}.{own}.")
+        for modality, parts in model.stored.items()
+        for own, part in model.generator(modality).modules_by_name().items()
+        if part in parts
+    )
 
 
 def _part(model: AnyToAnyModel, name: str) -> nn.Module:

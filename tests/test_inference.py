@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import mmfusion
 from mmfusion.inference import Answer, Chat
@@ -143,6 +144,7 @@ def test_what_is_no_conversation_is_refused(chat: Chat, messages: Any) -> None:
         ({"return_dict_in_generate": True}, "an answer is one text"),
         ({"guidance_scale": 3.0}, r"in sampling=Sampling\(guidance_scale"),
         ({"temprature": 0.5}, "knows no such option"),
+        ({"generation_config": GenerationConfig()}, "option by option"),
     ],
 )
 def test_options_that_it_does_not_take_are_named(chat: Chat, option: Any, why: str) -> None:
@@ -183,6 +185,8 @@ def test_load_names_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
         mmfusion.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5; it has \[4, 8\]"):
         mmfusion.load(run_dir, step=5)
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used: "):
+        mmfusion.load(run_dir, device="gpu")
 
 
 def test_load_in_half_precision_answers(run_dir: Path) -> None:

@@ -99,8 +99,18 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> SmallGenerator:
         raise ValueError(f"{recipe}: {error}") from None
     parsed.pop("config", None)
     generator = SmallGenerator(**vars(parser.instantiate(parsed)))
-    generator.recipe = json.dumps([yaml.safe_load(Path(expand(recipe)).read_text()), *overrides])
+    generator.recipe = _written([f"--config={recipe}", *overrides])
     return generator
+
+
+def _written(words: Sequence[str]) -> str:
+    """What is said on a command line and in the files that it names."""
+    found: list[Any] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        is_file = name == "--config" and value
+        found.append(yaml.safe_load(Path(expand(value)).read_text()) if is_file else word)
+    return json.dumps(found)
 
 
 class SmallGenerator:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mmfusion.models.generators.base import ONLY_DRAWN
 from mmfusion.paths import expand
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.loggers import hide_secrets
@@ -296,6 +297,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
 
 
 def _is_free(key: str) -> bool:
+    if key.startswith("model.generators.") and key.rpartition(".")[2] in ONLY_DRAWN:
+        return True
     return any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *NOT_THE_RECIPE))
 
 

@@ -27,7 +27,7 @@ from mmfusion.data.features import (
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.encoders.stored import StoredEncoder
-from mmfusion.models.generators.base import TEXT_ENCODER, VAE
+from mmfusion.models.generators.base import ONLY_DRAWN, TEXT_ENCODER, VAE
 from mmfusion.models.generators.stored import text_in
 from mmfusion.paths import expand
 from mmfusion.processing.processor import settings_of
@@ -94,6 +94,7 @@ def identity_of(part: str, model: AnyToAnyModel, recipe: Mapping[str, Any]) -> I
         processor = cast(Encoder, model.encoders[modality]).media_processor()
     else:
         processor = model.generator(modality).target_processor()
+        arguments = {name: arguments[name] for name in arguments.keys() - ONLY_DRAWN}
     return {
         "class": given["class_path"],
         "arguments": arguments,

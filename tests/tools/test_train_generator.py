@@ -174,6 +174,12 @@ def test_an_option_that_came_later_makes_no_generator_anew(
     assert "guidance_rescale" not in read_recipe(recipe).recipe
     other = written(Path(recipe).with_name("other.yaml"), yaml.safe_load(Path(recipe).read_text()))
     assert read_recipe(other).origin == origin
+    changes = Path(recipe).with_name("changes.yaml")
+    found = {read_recipe(recipe).origin}
+    for seed in (1, 2):  # of a second recipe its content tells, not its name
+        changes.write_text(f"seed: {seed}")
+        found.add(read_recipe(recipe, [f"--config={changes}"]).origin)
+    assert len(found) == 3
     monkeypatch.setattr("mmfusion.tools.train_generator.VERSION", 0)
     assert read_recipe(recipe).origin != origin
 

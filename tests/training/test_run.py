@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mmfusion.training.checkpoint import FOLDER
-from mmfusion.training.run import RunDirectory
+from mmfusion.training.run import RunDirectory, differences
 
 RECIPE = {"trainer": {"max_steps": 10, "devices": 1}, "data": {"seed": 0, "num_workers": 1}}
 
@@ -178,3 +178,11 @@ def test_torn_files_of_a_killed_save_are_removed(tmp_path):
     torn.write_bytes(b"x")
     with run.open(RECIPE):
         assert not torn.exists()
+
+
+def test_what_matters_only_when_media_are_made_may_differ_between_two_starts() -> None:
+    def recipe(**options: float) -> dict[str, object]:
+        return {"model": {"generators": {"image": {"init_args": options}}}}
+
+    changed = differences(recipe(size=16), recipe(size=8, guidance_rescale=0.7))
+    assert list(changed) == ["model.generators.image.init_args.size: 16 -> 8"]

@@ -475,6 +475,12 @@ def test_a_denoiser_may_train_beside_stored_encodings(home: Path) -> None:
     out = home / "beside"
     main(["data", "encode", str(recipe), "--out", str(out), denoiser])
     from_recipe(str(recipe), [denoiser, f"--data.features={out}"])
+    frozen = json.dumps({"class_path": "mmfusion.tuning.Frozen"})
+    both = f'{denoiser.removesuffix("}")}, "generators.image.vae": {frozen}}}'
+    drawn = "--model.generators.image.init_args.guidance_rescale=0.7"  # not what was encoded
+    module, _ = from_recipe(str(recipe), [both, drawn, f"--data.features={out}"])
+    module.configure_model()
+    assert module.model.generator("image").vae is None
     empty = out / "generators.image.empty.safetensors"
     for content in (b"torn", None):
         empty.write_bytes(content) if content else empty.unlink()

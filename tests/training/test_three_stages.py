@@ -199,6 +199,17 @@ def test_the_chat_command_passes_steps_guidance_and_seed_on_to_what_is_drawn(
     assert len(others | {answer.media[0].data}) == 5
 
 
+def test_what_a_sampler_cannot_do_is_refused_before_the_answer(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the steps that are taken where nothing is said."""
+    configs = chat.model.generator("image").configs
+    few = {**configs["scheduler"], "num_train_timesteps": 20}
+    monkeypatch.setitem(configs, "scheduler", few)
+    with pytest.raises(ValueError, match=r"sampling\.steps is 50, but the .* takes \d+ at most"):
+        chat.generate(asked("w1")[NAME_IT], max_new_tokens=5)
+
+
 def test_a_generator_that_no_objective_needs_is_not_loaded(
     home: Path, runs: dict[int, Path]
 ) -> None:

@@ -32,6 +32,10 @@ PARTS = frozenset({TEXT_ENCODER, VAE, DENOISER, VOCODER})
 """Of a generator. A vocoder, which turns what the VAE decodes into sound, is of use in sampling
 alone: no objective needs it.
 """
+ONLY_DRAWN = frozenset({"guidance_rescale"})
+"""Arguments of generators' constructors that matter when media are made and else not: no loss and
+no stored feature depends on them.
+"""
 CAPTIONS_TOGETHER = 32
 """That are encoded in one pass: those of a whole optimizer step may be many."""
 
@@ -239,6 +243,17 @@ class Generator(nn.Module, ABC):
             ValueError: where that and the encoding of "" cannot be paired.
         """
         self.paired(given.blank(), self.spec.blank())
+
+    def check_drawn(self, given: ConditioningSpec) -> None:
+        """Call before anything is loaded where :meth:`sample` will be needed.
+
+        Args:
+            given: what the output projector gives.
+
+        Raises:
+            ValueError: where media cannot be made of that, led away from the encoding of "".
+        """
+        self.check_paired(given)
 
     def denoising_loss(
         self,

@@ -101,12 +101,15 @@ class PixArt(DiffusersPipeline):
         ).sample
         return found[:, : noisy.shape[1]]
 
-    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
+    def check(self, sampling: Sampling) -> None:
         if sampling.steps < 2 and self.kind is PixArtAlphaPipeline:
             raise ValueError(
                 f"sampling.steps is {sampling.steps}; expected 2 or more: diffusers takes a single "
                 "step of PixArt-alpha for that of a distilled model."
             )
+        super().check(sampling)
+
+    def draw(self, ours: Conditioning, none: Conditioning, sampling: Sampling) -> list[Media]:
         pipeline = self.pipeline(self.kind, tokenizer=None)
         return drawn_pictures(
             pipeline,

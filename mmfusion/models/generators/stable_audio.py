@@ -171,6 +171,9 @@ class StableAudio(DiffusersPipeline):
     def check(self, sampling: Sampling) -> None:
         """Its sampler, which is not diffusers', takes any number of steps."""
 
+    def check_drawn(self, given: ConditioningSpec) -> None:
+        """It draws away from zeros, as many as there are tokens."""
+
     def sample(
         self, conditioning: Conditioning, empty: Conditioning, sampling: Sampling
     ) -> list[Media]:

@@ -54,8 +54,8 @@ class Validation(L.Callback):
         table_samples: samples of every source shown in the W&B table and on the page; 0 is none.
         max_new_tokens: longest answer, not counting the rest of a run of signal tokens.
         prompts_per_batch: samples answered together.
-        media_health: measure the conditioning of targets, where the objectives have the parts of
-            the generator loaded that this takes; three more passes of the denoiser.
+        media_health: measure the conditioning of targets, where the objectives or the tuning have
+            the parts of the generator loaded that this takes; three more passes of the denoiser.
         media_samples: samples of each source of conversations whose answers' media are made, to be
             shown and judged. Above 0 every part of the generators is loaded.
         sampling: how they are made.
@@ -143,7 +143,7 @@ class Validation(L.Callback):
             generator = model.generator(modality)
             try:
                 generator.check(self.asking.sampling)
-                generator.check_paired(model.given(modality))
+                generator.check_drawn(model.given(modality))
             except ValueError as error:
                 raise ValueError(
                     f"validation.media_samples is {self.asking.media_samples}, but the generator "

@@ -17,6 +17,7 @@ from mmfusion.models.generators.audio_ldm import AudioLDM
 from mmfusion.models.generators.base import DENOISER, PARTS, TEXT_ENCODER, VAE, Sampling
 from mmfusion.models.generators.noise import FlowNoise, noise_schedule
 from mmfusion.models.generators.pixart import PixArt
+from mmfusion.models.generators.stable_audio import StableAudio
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.generators.stable_diffusion_3 import StableDiffusion3
 from mmfusion.models.generators.stable_diffusion_xl import StableDiffusionXL
@@ -24,7 +25,7 @@ from mmfusion.models.generators.text_to_video_sd import TextToVideoSD
 from mmfusion.models.generators.wan import Wan
 from mmfusion.models.output_projectors.query_decoder import QueryDecoder
 from mmfusion.tuning import LoRA
-from mmfusion.types import Captions, Conditioning
+from mmfusion.types import Captions, Conditioning, ConditioningSpec
 from tests.models.generators import tiny, tiny_sound
 from tests.models.generators.families import (
     Family,
@@ -137,11 +138,27 @@ def test_pixart_takes_the_class_name_and_settings_of_old_pipelines(tmp_path: Pat
 
 
 def test_pixart_is_not_sampled_in_one_step(tmp_path: Path) -> None:
+    """diffusers takes that for a distilled model's; it is known before anything is loaded."""
     generator = PixArt(tiny.save_pixart(tmp_path / "pixart"))
+    with pytest.raises(ValueError, match=r"sampling\.steps is 1; expected 2 or more"):
+        generator.check(Sampling(steps=1))
+    generator.check(Sampling(steps=2))
     generator.build(PARTS)
     given = Conditioning(torch.randn(1, 120, 32))
     with pytest.raises(ValueError, match=r"sampling\.steps is 1; expected 2 or more"):
         generator.sample(given, generator.encode_text([""]), Sampling(steps=1))
+
+
+def test_what_draws_away_from_zeros_takes_any_number_of_tokens(tmp_path: Path) -> None:
+    """To drop conditioning it needs as many as its text encoding has."""
+    sounds = StableAudio(tiny_sound.save_stable_audio(tmp_path / "sounds"))
+    given = ConditioningSpec(3, sounds.spec.dim)
+    sounds.check_drawn(given)
+    with pytest.raises(ValueError, match=r"got 3"):
+        sounds.check_paired(given)
+    pictures = StableDiffusion3(tiny.save_stable_diffusion_3(tmp_path / "sd3"), t5_tokens=6)
+    with pytest.raises(ValueError, match=r"got 3"):
+        pictures.check_drawn(ConditioningSpec(3, 32, 24))
 
 
 def test_weights_that_are_no_safetensors_are_not_opened(tmp_path: Path) -> None:
