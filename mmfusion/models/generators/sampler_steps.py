@@ -1,5 +1,5 @@
 """How many steps a sampler of diffusers can take: some look their levels of noise up in a table, by
-places that are beyond its end where there are as many steps as levels.
+places that are beyond its ends where there are as many steps as levels, or where rounding adds one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ def check_steps(sampler: Any, steps: int, whose: str) -> None:
         whose: the pipeline, for the error.
 
     Raises:
-        ValueError: with the most it can take.
+        ValueError: with the numbers next to it that it can take.
     """
     if _takes(sampler, steps):
         return
-    longest = min(steps - 1, int(sampler.config.num_train_timesteps))
-    most = next((count for count in range(longest, 0, -1) if _takes(sampler, count)), 0)
+    levels = int(sampler.config.num_train_timesteps)
+    fewer = range(min(steps - 1, levels), 0, -1)
+    below = next((count for count in fewer if _takes(sampler, count)), 0)
+    above = next((count for count in range(steps + 1, levels + 1) if _takes(sampler, count)), 0)
     raise ValueError(
-        f"sampling.steps is {steps}, but the {type(sampler).__name__} of {whose} takes {most} at "
-        "most."
+        f"sampling.steps is {steps}, but the {type(sampler).__name__} of {whose} takes "
+        + (f"{below} or {above}, not what is between." if above else f"{below} at most.")
     )
 
 
@@ -42,6 +44,6 @@ def _takes(sampler: Any, steps: int) -> bool:
         levels = torch.as_tensor(sampler.sigmas)[:-1]
     else:
         levels = torch.as_tensor(sampler.timesteps)
-        if levels.max() >= len(table):
+        if levels.max() >= len(table) or levels.min() < 0:
             return False
     return len(levels.unique()) >= steps  # steps that go nowhere: some samplers divide by them

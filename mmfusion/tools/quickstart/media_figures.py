@@ -24,7 +24,7 @@ from mmfusion.tools.quickstart.figures import (
 from mmfusion.tools.quickstart.intervals import Estimate
 from mmfusion.tools.quickstart.judges import SmallJudge
 from mmfusion.tools.quickstart.measure_media import Said, Sizes, measure_media
-from mmfusion.tools.quickstart.report import Shown, render
+from mmfusion.tools.quickstart.report import Shown, render, validations
 from mmfusion.types import Media, Text
 
 SIZES = {
@@ -84,6 +84,7 @@ def measure_and_report(
                 for name, folder in curves.items()
             },
             shown=list(shown(said)),
+            validations=validations(run),
             table=rows(json.loads(text)),
         )
         (run / "report.html").write_text(page, encoding="utf-8")

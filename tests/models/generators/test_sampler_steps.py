@@ -65,3 +65,18 @@ def test_what_is_refused_is_what_does_not_come_to_its_end(name: str) -> None:
 def test_more_steps_than_levels_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"takes {LEVELS - 1} at most|takes {LEVELS} at most"):
         check_steps(made(name), 5 * LEVELS, "it")
+
+
+def test_a_level_that_rounding_puts_below_the_first_is_refused() -> None:
+    """Python takes it for the last: DDIM would end in the noise that it came from."""
+    sampler = diffusers.DDIMScheduler(100, timestep_spacing="trailing")
+    odd = []
+    for steps in range(1, 101):
+        sampler.set_timesteps(steps)
+        if sampler.timesteps.min() < 0:
+            odd.append(steps)
+            with pytest.raises(ValueError, match=f"takes {steps - 1} or {steps + 1}, not what"):
+                check_steps(sampler, steps, "it")
+        else:
+            check_steps(sampler, steps, "it")
+    assert odd == [29, 31, 58, 62, 97]
