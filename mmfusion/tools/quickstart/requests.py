@@ -274,16 +274,31 @@ def _about_shape(thing: Thing, new: bool) -> list[tuple[str, str]]:
             (f"Name the color of {thing.words}.", f"{color.capitalize()}."),
             (f"Count the corners of {thing.words}.", corners),
         ]
+    cornered = "No." if shape == "circle" else "Yes."
     return [
         (f"What color is {thing.words}?", f"{color.capitalize()}."),
         (f"How many corners does {thing.words} have?", corners),
         (f"Which shape is {thing.words}?", f"A {shape}."),
         (f"Tell me which color {thing.words} has.", f"{color.capitalize()}."),
         (f"Say how many corners there are in {thing.words}.", corners),
-        (f"Can {thing.words} have corners?", "No." if shape == "circle" else "Yes."),
+        (f"Can {thing.words} have corners?", cornered),
         (f"Write down the color of {thing.words}.", f"{color.capitalize()}."),
         (f"Would {thing.words} roll?", "Yes." if shape == "circle" else "No."),
         (f"Type this: {thing.words}.", thing.caption),
+        (f"Find out how many corners {thing.words} has.", corners),
+        (f"Give the number of corners of {thing.words}.", corners),
+        (f"Work out the corners of {thing.words}.", corners),
+        (f"List the corners of {thing.words} as a number.", corners),
+        (f"Check whether {thing.words} has corners.", cornered),
+        (f"Explain whether there are corners in {thing.words}.", cornered),
+        (f"State the color of {thing.words}.", f"{color.capitalize()}."),
+        (f"Describe {thing.words} by its color alone.", f"{color.capitalize()}."),
+        (f"In one word, which color would {thing.words} be?", f"{color.capitalize()}."),
+        (f"Guess the shape of {thing.words}.", f"A {shape}."),
+        (
+            f"Choose between round and not round for {thing.words}.",
+            "Round." if shape == "circle" else "Not round.",
+        ),
     ]
 
 
@@ -305,6 +320,13 @@ def _about_sound(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"Does {thing.words} have wings?", animal),
         (f"Type the words {thing.words}.", written),
         (f"Tell me in words whether {thing.words} eats.", animal),
+        (f"Check whether {thing.words} is an animal.", animal),
+        (f"State whether {thing.words} lives.", animal),
+        (f"Find out whether {thing.words} lays eggs.", animal),
+        (f"Explain in a word if {thing.words} breathes.", animal),
+        (f"Give me the letters of {thing.words}.", written),
+        (f"Put {thing.words} in writing.", written),
+        (f"Read this back to me: {thing.words}.", thing.caption),
     ]
 
 
@@ -322,6 +344,15 @@ def _about_clip(thing: Thing, new: bool) -> list[tuple[str, str]]:
         (f"They told us that {thing.words}. Write down who.", f"{subject.capitalize()}."),
         (f"It is said that {thing.words}. Answer in words: what does it do?", f"It {motion}."),
         (f"Type this: {thing.words}.", thing.caption),
+        (f"Read this back to me: {thing.words}.", thing.caption),
+        (f"Explain what it does when {thing.words}.", f"It {motion}."),
+        (f"Work out from this what it does: {thing.words}.", f"It {motion}."),
+        (f"Check who it is: {thing.words}.", f"{subject.capitalize()}."),
+        (f"State who it is if {thing.words}.", f"{subject.capitalize()}."),
+        (f"We read that {thing.words}. Guess who it was.", f"{subject.capitalize()}."),
+        (f"It was in the paper that {thing.words}. Give the name.", f"{subject.capitalize()}."),
+        (f"People say that {thing.words}. Which one is it?", f"{subject.capitalize()}."),
+        (f"A friend wrote that {thing.words}. List who.", f"{subject.capitalize()}."),
     ]
 
 
