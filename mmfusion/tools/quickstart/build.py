@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from mmfusion.data.writer import ShardWriter
 from mmfusion.paths import cache_dir
-from mmfusion.tools.quickstart import concepts, datasets, pictures, requests, sources, talks
+from mmfusion.tools.quickstart import (
+    concepts,
+    datasets,
+    pictures,
+    questions,
+    requests,
+    sources,
+    talks,
+    things,
+)
 from mmfusion.tools.quickstart import sounds as sound_files
 from mmfusion.tools.quickstart.concepts import fraction, split_of
 from mmfusion.tools.quickstart.datasets import Entry
@@ -64,7 +73,7 @@ def build_media_datasets(packages: dict[str, Path], hashes: dict[str, str]) -> d
     Returns:
         The manifest, as of :func:`build_datasets`.
     """
-    origin = _origin((*_SOURCE_FILES, requests, sound_files), packages, hashes)
+    origin = _origin((*_SOURCE_FILES, things, requests, questions, sound_files), packages, hashes)
     folder = make_folder(
         cache_dir() / "media_data", origin, lambda out: write_media_sets(packages, out)
     )
@@ -84,10 +93,10 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
     sounds = list(datasets.named_sounds(soundfont / "TimGM6mb.sf2", SOUNDS_OF_A_KIND))
     # Nothing but the motion tells the captions of a thing apart.
     clips = list(datasets.new_motions(_moving(stamps), NEW_MOTIONS, _shown(stamps)))
-    things = {
-        "picture": list(requests.things(drawings, "image", "png")),
-        "sound": list(requests.things(sounds, "audio", "flac")),
-        "clip": list(requests.things(clips, "video", "mp4")),
+    shown = {
+        "picture": list(things.things_of(drawings, "image", "png")),
+        "sound": list(things.things_of(sounds, "audio", "flac")),
+        "clip": list(things.things_of(clips, "video", "mp4")),
     }
     sets: dict[str, Iterable[Entry]] = {
         "drawings": drawings,
@@ -95,11 +104,11 @@ def write_media_sets(packages: dict[str, Path], out: Path) -> None:
         "clips": clips,
         **{
             f"{name}_requests": requests.requests(group, WAYS[name])
-            for name, group in things.items()
+            for name, group in shown.items()
         },
-        "picture_remakes": requests.remakes(things["picture"]),
-        "clip_remakes": requests.remakes(things["clip"], WAYS["clip"]),
-        "words": requests.words(chain.from_iterable(things.values()), stamps),
+        "picture_remakes": requests.remakes(shown["picture"]),
+        "clip_remakes": requests.remakes(shown["clip"], WAYS["clip"]),
+        "words": questions.words(chain.from_iterable(shown.values()), stamps),
     }
     manifest = {name: write_set(out / name, entries) for name, entries in sets.items()}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -1,19 +1,15 @@
-"""Conversations in which pictures, sounds and clips are asked for, and others in which the same
-things are talked about and words are the right answer.
-"""
+"""Conversations in which pictures, sounds and clips are asked for."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mmfusion.tools.quickstart.concepts import fraction, split_of
-from mmfusion.tools.quickstart.datasets import LANGUAGES, Entry, chat_entry
+from mmfusion.tools.quickstart.concepts import fraction
+from mmfusion.tools.quickstart.datasets import Entry, chat_entry
 from mmfusion.tools.quickstart.pictures import MOTIONS
-from mmfusion.tools.quickstart.sources import Picture
+from mmfusion.tools.quickstart.things import Thing, turned
 
 REQUESTS = {
     "image": (
@@ -120,45 +116,6 @@ NEW_REQUESTS = {
 """How they are asked for when it is measured: each asks by a word that no request of training has.
 """
 
-CORNERS = {"circle": "None.", "rectangle": "Four.", "triangle": "Three."}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """What can be asked for, with a medium that shows it.
-
-    Attributes:
-        split: side of the split.
-        key: fit for a shard key.
-        modality: of the medium.
-        caption: ``A blue circle.``
-        extension: of the medium's file.
-        data: the file.
-        about: what else the record's ``json`` says of it.
-    """
-
-    split: str
-    key: str
-    modality: str
-    caption: str
-    extension: str
-    data: bytes
-    about: Mapping[str, Any]
-
-    @property
-    def words(self) -> str:
-        """The caption within a sentence: ``a blue circle``."""
-        return self.caption[:1].lower() + self.caption[1:].rstrip(".!?")
-
-
-def things(entries: Iterable[Entry], modality: str, extension: str) -> Iterator[Thing]:
-    """Entries of one medium with its caption, as things."""
-    for entry in entries:
-        about = json.loads(entry.record["json"])
-        caption = entry.record["txt"].decode()
-        data = entry.record[extension]
-        yield Thing(entry.split, entry.key, modality, caption, extension, data, about)
-
 
 def requests(things: Iterable[Thing], ways: int = 1) -> Iterator[Entry]:
     """Each thing asked for in so many ways; what is held out in one, in new words. Half of the
@@ -167,7 +124,7 @@ def requests(things: Iterable[Thing], ways: int = 1) -> Iterator[Entry]:
     for thing in things:
         trained = thing.split == "train"
         options = (REQUESTS if trained else NEW_REQUESTS)[thing.modality]
-        chosen = _turned(options, f"request for {thing.key}")[: ways if trained else 1]
+        chosen = turned(options, f"request for {thing.key}")[: ways if trained else 1]
         for number, way in enumerate(chosen):
             asked = way.format(thing=thing.words)
             source = f"asks-{thing.modality}"
@@ -185,7 +142,7 @@ def remakes(things: Iterable[Thing], ways: int = 1) -> Iterator[Entry]:
     for group in groups.values():
         for thing in group:
             others = [other for other in group if other.caption != thing.caption]
-            chosen = _turned(others, f"remake of {thing.key}")
+            chosen = turned(others, f"remake of {thing.key}")
             for number, other in enumerate(chosen[: ways if thing.split == "train" else 1]):
                 yield _remake(thing, other, _key("remake", thing, number))
 
@@ -242,131 +199,6 @@ _SAYING = {
     "audio": "This is {thing}. ",
     "video": "Here {thing}. ",
 }
-
-
-def words(things: Iterable[Thing], pictures: Iterable[Picture]) -> Iterator[Entry]:
-    """Questions about the same things that words answer."""
-    for thing in things:
-        new = thing.split != "train"
-        pairs = _QUESTIONS[thing.modality](thing, new)
-        question, answer = _chosen(pairs, f"question about {thing.key}")
-        yield _worded(thing.split, f"words-{thing.key}", question, answer, thing.about["concept"])
-    for picture in pictures:
-        known = sorted(set(picture.translations) & set(LANGUAGES))
-        if known:
-            split = split_of(picture.concept)
-            language = _chosen(known, f"words in a language for {picture.name}")
-            asked = "What is {} in {}?" if split == "train" else "Translate {} into {}."
-            question = asked.format(f"\u201c{picture.caption}\u201d", LANGUAGES[language])
-            answer = picture.translations[language]
-            yield _worded(split, f"words-{picture.name}", question, answer, picture.concept)
-
-
-def _worded(split: str, key: str, question: str, answer: str, concept: str) -> Entry:
-    return chat_entry(split, key, {}, [(question, answer)], concept=concept, source="words")
-
-
-def _about_shape(thing: Thing, new: bool) -> list[tuple[str, str]]:
-    _, color, shape = thing.words.split()
-    corners = CORNERS[shape]
-    if new:
-        return [
-            (f"Name the color of {thing.words}.", f"{color.capitalize()}."),
-            (f"Count the corners of {thing.words}.", corners),
-        ]
-    cornered = "No." if shape == "circle" else "Yes."
-    return [
-        (f"What color is {thing.words}?", f"{color.capitalize()}."),
-        (f"How many corners does {thing.words} have?", corners),
-        (f"Which shape is {thing.words}?", f"A {shape}."),
-        (f"Tell me which color {thing.words} has.", f"{color.capitalize()}."),
-        (f"Say how many corners there are in {thing.words}.", corners),
-        (f"Can {thing.words} have corners?", cornered),
-        (f"Write down the color of {thing.words}.", f"{color.capitalize()}."),
-        (f"Would {thing.words} roll?", "Yes." if shape == "circle" else "No."),
-        (f"Type this: {thing.words}.", thing.caption),
-        (f"Find out how many corners {thing.words} has.", corners),
-        (f"Give the number of corners of {thing.words}.", corners),
-        (f"Work out the corners of {thing.words}.", corners),
-        (f"List the corners of {thing.words} as a number.", corners),
-        (f"Check whether {thing.words} has corners.", cornered),
-        (f"Explain whether there are corners in {thing.words}.", cornered),
-        (f"State the color of {thing.words}.", f"{color.capitalize()}."),
-        (f"Describe {thing.words} by its color alone.", f"{color.capitalize()}."),
-        (f"In one word, which color would {thing.words} be?", f"{color.capitalize()}."),
-        (f"Guess the shape of {thing.words}.", f"A {shape}."),
-        (
-            f"Choose between round and not round for {thing.words}.",
-            "Round." if shape == "circle" else "Not round.",
-        ),
-    ]
-
-
-def _about_sound(thing: Thing, new: bool) -> list[tuple[str, str]]:
-    animal = "Yes." if thing.words == "a bird" else "No."
-    written = f"You write it \u201c{thing.words}\u201d."
-    if new:
-        return [
-            (f"Would you call {thing.words} an animal?", animal),
-            (f"Spell out the words {thing.words}.", written),
-        ]
-    return [
-        (f"Is {thing.words} an animal?", animal),
-        (f"How do you write {thing.words}?", written),
-        (f"Can you tell me if {thing.words} is alive?", animal),
-        (f"Could {thing.words} lay an egg?", animal),
-        (f"Say {thing.words} in capital letters.", f"{thing.words.upper()}."),
-        (f"Repeat after me: {thing.words}.", thing.caption),
-        (f"Does {thing.words} have wings?", animal),
-        (f"Type the words {thing.words}.", written),
-        (f"Tell me in words whether {thing.words} eats.", animal),
-        (f"Check whether {thing.words} is an animal.", animal),
-        (f"State whether {thing.words} lives.", animal),
-        (f"Find out whether {thing.words} lays eggs.", animal),
-        (f"Explain in a word if {thing.words} breathes.", animal),
-        (f"Give me the letters of {thing.words}.", written),
-        (f"Put {thing.words} in writing.", written),
-        (f"Read this back to me: {thing.words}.", thing.caption),
-    ]
-
-
-def _about_clip(thing: Thing, new: bool) -> list[tuple[str, str]]:
-    motion = MOTIONS[thing.about["motion"]]
-    subject = thing.words.removesuffix(f" {motion}")
-    if new:
-        return [(f"Someone says that {thing.words}. Repeat who.", f"{subject.capitalize()}.")]
-    return [
-        (f"If {thing.words}, what does it do?", f"It {motion}."),
-        (f"If {thing.words}, who does that?", f"{subject.capitalize()}."),
-        (f"I heard that {thing.words}. Tell me who does.", f"{subject.capitalize()}."),
-        (f"Say what it does when {thing.words}.", f"It {motion}."),
-        (f"My sister saw that {thing.words}. Who was it?", f"{subject.capitalize()}."),
-        (f"They told us that {thing.words}. Write down who.", f"{subject.capitalize()}."),
-        (f"It is said that {thing.words}. Answer in words: what does it do?", f"It {motion}."),
-        (f"Type this: {thing.words}.", thing.caption),
-        (f"Read this back to me: {thing.words}.", thing.caption),
-        (f"Explain what it does when {thing.words}.", f"It {motion}."),
-        (f"Work out from this what it does: {thing.words}.", f"It {motion}."),
-        (f"Check who it is: {thing.words}.", f"{subject.capitalize()}."),
-        (f"State who it is if {thing.words}.", f"{subject.capitalize()}."),
-        (f"We read that {thing.words}. Guess who it was.", f"{subject.capitalize()}."),
-        (f"It was in the paper that {thing.words}. Give the name.", f"{subject.capitalize()}."),
-        (f"People say that {thing.words}. Which one is it?", f"{subject.capitalize()}."),
-        (f"A friend wrote that {thing.words}. List who.", f"{subject.capitalize()}."),
-    ]
-
-
-_QUESTIONS = {"image": _about_shape, "audio": _about_sound, "video": _about_clip}
-
-
-def _chosen(options: Sequence[Any], why: str) -> Any:
-    return _turned(options, why)[0]
-
-
-def _turned(options: Sequence[Any], why: str) -> Sequence[Any]:
-    """All of them, beginning anywhere."""
-    first = int(fraction(why) * len(options))
-    return [*options[first:], *options[:first]]
 
 
 def _key(what: str, thing: Thing, number: int) -> str:

@@ -5,54 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
-from mmfusion.data.converters.conversation import Conversation
-from mmfusion.tools.quickstart.datasets import Entry
 from mmfusion.tools.quickstart.pictures import MOTIONS
-from mmfusion.tools.quickstart.requests import (
-    NEW_REQUESTS,
-    REQUESTS,
-    Thing,
-    remakes,
-    requests,
-    things,
-    words,
-)
-from mmfusion.types import Media, Sample, Text
+from mmfusion.tools.quickstart.questions import QUESTIONS
+from mmfusion.tools.quickstart.requests import NEW_REQUESTS, REQUESTS, remakes, requests
+from mmfusion.types import Media, Text
+from tests.tools.quickstart.thing_samples import clips, sample, shapes, thing
 
 NEUTRAL = set(
     "a an the of for in on it its this that i me we us to is can could may please".split()  # noqa: SIM905
 )
 """Words that do not ask."""
-
-
-def thing(caption: str, modality: str, split: str = "train", **about: Any) -> Thing:
-    extension = {"image": "png", "audio": "flac", "video": "mp4"}[modality]
-    key = f"{split}-{modality}-{caption}".replace(" ", "-").rstrip(".")
-    return Thing(split, key, modality, caption, extension, key.encode(), {"concept": key, **about})
-
-
-def shapes(split: str = "train") -> list[Thing]:
-    return [
-        thing(f"A {color} {shape}.", "image", split)
-        for color in ("red", "blue", "teal")
-        for shape in ("circle", "triangle")
-    ]
-
-
-def clips(split: str = "train") -> list[Thing]:
-    return [
-        thing(f"A {name} {words}.", "video", split, motion=motion)
-        for name in ("goat", "red kite")
-        for motion, words in MOTIONS.items()
-    ]
-
-
-def sample(entry: Entry) -> Sample:
-    return Conversation()(entry.record, "shard", entry.key)
 
 
 def asking_words(templates: tuple[str, ...]) -> set[str]:
@@ -63,8 +28,9 @@ def asking_words(templates: tuple[str, ...]) -> set[str]:
 @pytest.mark.parametrize("modality", REQUESTS)
 def test_each_measured_request_asks_by_a_word_that_was_not_trained(modality: str) -> None:
     trained = set().union(*(asking_words(ways) for ways in REQUESTS.values()))
-    others = [*shapes(), *clips(), thing("Ocean waves.", "audio")]
-    for entry in (*remakes(others, ways=9), *words(others, [])):
+    for questions in QUESTIONS.values():
+        trained |= asking_words(tuple(question for question, _ in questions))
+    for entry in remakes([*shapes(), *clips()], ways=9):
         asked = sample(entry).messages[0].content
         texts = [part.text for part in asked if isinstance(part, Text)]
         trained |= asking_words(tuple(texts))
@@ -125,17 +91,3 @@ def test_a_remake_keeps_the_shape_or_the_subject() -> None:
             assert new.split()[1] in old
             assert any(asked.endswith(f"so that it {motion}.") for motion in MOTIONS.values())
         assert old.startswith("val") == (wanted.data.decode().startswith("val"))
-
-
-def test_words_are_answered_by_words_about_the_same_things() -> None:
-    made = [*words([*shapes(), *clips(), thing("A bird.", "audio")], [])]
-    answers = [sample(entry).messages[1].content for entry in made]
-    assert all(len(parts) == 1 and isinstance(parts[0], Text) for parts in answers)
-    assert len({entry.key for entry in made}) == len(made)
-
-
-def test_entries_become_things() -> None:
-    entry = Entry("val", "k", {"png": b"p", "txt": b"A red circle.", "json": b'{"concept": "c"}'})
-    (found,) = things([entry], "image", "png")
-    assert found == Thing("val", "k", "image", "A red circle.", "png", b"p", {"concept": "c"})
-    assert found.words == "a red circle"
