@@ -8,22 +8,17 @@ The model is rebuilt from the run's ``config.yaml`` and its checkpoint; prompts 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from mmfusion.data.collate import collate
+from mmfusion.generate_options import Left, StopAt, check_options, given, seeded
 from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
@@ -32,22 +27,6 @@ from mmfusion.models.generators.base import Sampling, check_seed
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
 from mmfusion.types import Batch, EncodedSample, Media, Sample, SampleRef, Text
-
-_ONE = "an answer is one text with its parts; ask several times, with other seeds"
-NOT_TAKEN = {
-    "guidance_scale": "that of media is in sampling=Sampling(guidance_scale=...)",
-    "stop_strings": "the text at which the answer ends is stop",
-    "eos_token_id": "the tokens that end an answer are those of training",
-    "pad_token_id": "padding is the tokenizer's",
-    "generation_config": "give what is in it, option by option",
-    **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), _ONE),
-    **dict.fromkeys(
-        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _ONE
-    ),
-}
-"""Options of Hugging Face's ``generate`` that :meth:`Chat.generate` refuses, and why."""
-BESIDE = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
-"""Those it takes that are not in a ``GenerationConfig``."""
 
 
 def load(
@@ -212,7 +191,7 @@ class Chat:
             mmfusion.types.DataError: media that do not decode, more tokens than the LLM has
                 positions.
         """
-        _check_options(options)
+        check_options(options)
         if seed is not None:
             check_seed("seed", seed)
         sampling = sampling or Sampling()
@@ -229,14 +208,14 @@ class Chat:
         conversations = cast("Sequence[Conversation]", messages if batch else [messages])
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self.batch(encoded)
-        options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **_plain(options)}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **given(options)}
         criteria = StoppingCriteriaList(options.get("stopping_criteria", ()))
         if stop:
-            criteria.append(_StopAt(stop, self.processor.tokenizer))
+            criteria.append(StopAt(stop, self.processor.tokenizer))
         options["stopping_criteria"] = criteria
         if stream:
             return self._stream(prompts, seed, sampling, speak, options)
-        with _seeded(seed):
+        with seeded(seed):
             ids = generate(self.model, prompts, **options)
         answers = self._answers(prompts, ids, sampling, speak, stop)
         return answers if batch else answers[0]
@@ -283,14 +262,14 @@ class Chat:
     ) -> Generator[str | Media, None, Answer]:
         """Pieces of the answer; leaving the iterator early stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
-        stop = _Stop()
-        options["stopping_criteria"].append(stop)
+        left = Left()
+        options["stopping_criteria"].append(left)
         errors: list[BaseException] = []
         found: list[Tensor] = []
 
         def work() -> None:
             try:
-                with _seeded(seed):
+                with seeded(seed):
                     found.append(generate(self.model, prompts, streamer=streamer, **options))
             except BaseException as error:  # handed to the consumer below
                 errors.append(error)
@@ -301,7 +280,7 @@ class Chat:
         try:
             yield from (piece for piece in streamer if piece)
         finally:
-            stop.now = True
+            left.now = True
             thread.join()
         if errors:
             raise errors[0]
@@ -359,18 +338,6 @@ def _is_batch(messages: Any) -> bool:
     )
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    taken = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    for name in options:
-        if name in NOT_TAKEN or name not in taken | BESIDE:
-            why = NOT_TAKEN.get(name, "Hugging Face's GenerationConfig knows no such option")
-            raise ValueError(f"generate takes no {name}: {why}.")
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices by length, cut into groups whose lengths add up to at most ``budget``."""
     group: list[int] = []
@@ -383,36 +350,3 @@ def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         total += lengths[index]
     if group:
         yield group
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draws from ``seed`` inside, torch's generators as they were after."""
-    with torch.random.fork_rng() if seed is not None else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
-class _StopAt(StoppingCriteria):
-    """Stops a row where its text holds ``stop``, with any tokenizer; Hugging Face's
-    ``stop_strings`` knows the vocabularies of some kinds only.
-    """
-
-    def __init__(self, stop: str, tokenizer: Any) -> None:
-        self._stop, self._tokenizer = stop, tokenizer
-        self._window = len(stop.encode()) + 4
-        """Tokens that may hold it."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        texts = self._tokenizer.batch_decode(input_ids[:, -self._window :])
-        return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
-
-
-class _Stop(StoppingCriteria):
-    """Stops generation when the consumer has left."""
-
-    now = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
