@@ -4,7 +4,7 @@ seed of its draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -69,6 +69,23 @@ class StopAt(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         texts = self._tokenizer.batch_decode(input_ids[:, -self._window :])
         return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
+
+
+def before(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text up to ``stop``; what may be the beginning of it is held back."""
+    stop, held = stop or "", ""
+    for piece in pieces:
+        held += piece
+        told, found, _ = held.partition(stop) if stop else (held, "", "")
+        if found:
+            held = told
+            break
+        kept = next((n for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n])), 0)
+        told, held = held[: len(held) - kept], held[len(held) - kept :]
+        if told:
+            yield told
+    if held:
+        yield held
 
 
 class Left(StoppingCriteria):

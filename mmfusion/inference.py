@@ -8,6 +8,7 @@ The model is rebuilt from the run's ``config.yaml`` and its checkpoint; prompts 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from mmfusion.data.collate import collate
-from mmfusion.generate_options import Left, StopAt, check_options, given, seeded
+from mmfusion.generate_options import Left, StopAt, before, check_options, given, seeded
 from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
-from mmfusion.models.generation import find_runs, generate, make_media, split_speech
+from mmfusion.models.generation import Run, find_runs, generate, make_media, split_speech
 from mmfusion.models.generators.base import Sampling, check_seed
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
@@ -170,7 +171,8 @@ class Chat:
                 rest of a run of signal tokens, which stands for media, does not count.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
-            sampling: how media are drawn: steps, guidance scale, seed.
+            sampling: how media are drawn: steps, guidance scale, seed. Of several seeds each is of
+                one conversation, whose k-th medium draws from it + k.
             speak: say all the text of the answer aloud, not just what the model wants said.
             options: what else a ``GenerationConfig`` of Hugging Face takes (``temperature``,
                 ``top_p``, ``top_k``, ``repetition_penalty``, ``num_beams``, ...), and
@@ -206,6 +208,11 @@ class Chat:
                 "of this object, or start mmfusion chat with --speaker."
             )
         conversations = cast("Sequence[Conversation]", messages if batch else [messages])
+        if isinstance(sampling.seed, tuple) and len(sampling.seed) != len(conversations):
+            raise ValueError(
+                f"sampling.seed names {len(sampling.seed)} seeds for {len(conversations)} "
+                "conversations; expected one for each of them, or one number for all."
+            )
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self.batch(encoded)
         options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **given(options)}
@@ -214,7 +221,7 @@ class Chat:
             criteria.append(StopAt(stop, self.processor.tokenizer))
         options["stopping_criteria"] = criteria
         if stream:
-            return self._stream(prompts, seed, sampling, speak, options)
+            return self._stream(prompts, seed, sampling, speak, stop, options)
         with seeded(seed):
             ids = generate(self.model, prompts, **options)
         answers = self._answers(prompts, ids, sampling, speak, stop)
@@ -227,7 +234,7 @@ class Chat:
         said.
         """
         runs = find_runs(ids, self.processor.signal_ids)
-        media = iter(make_media(self.model, prompts, ids, runs, sampling))
+        media = iter(make_media(self.model, prompts, ids, runs, _drawn_by(sampling, runs)))
         parts: list[list[Text | Media]] = [[] for _ in ids]
         for row, new in enumerate(ids):
             begin = 0
@@ -235,8 +242,11 @@ class Chat:
                 parts[row] += [*self._text(new[begin : run.start], stop), next(media)]
                 begin = run.end
             parts[row] += self._text(new[begin:], stop)
-        seed = sampling.seed if isinstance(sampling.seed, int) else (*sampling.seed, 0)[0]
-        return [Answer([self._said(part, speak, seed) for part in found]) for found in parts]
+        seeds = (sampling.seed,) * len(ids) if isinstance(sampling.seed, int) else sampling.seed
+        return [
+            Answer([self._said(part, speak, seed) for part in found])
+            for found, seed in zip(parts, seeds, strict=True)
+        ]
 
     def _text(self, ids: Tensor, stop: str | None) -> list[Text]:
         found = []
@@ -258,6 +268,7 @@ class Chat:
         seed: int | None,
         sampling: Sampling,
         speak: bool,
+        stop: str | None,
         options: dict[str, Any],
     ) -> Generator[str | Media, None, Answer]:
         """Pieces of the answer; leaving the iterator early stops the model."""
@@ -278,13 +289,13 @@ class Chat:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from before(stop, streamer)
         finally:
             left.now = True
             thread.join()
         if errors:
             raise errors[0]
-        (answer,) = self._answers(prompts, found[0], sampling, speak, None)
+        (answer,) = self._answers(prompts, found[0], sampling, speak, stop)
         yield from answer.media
         return answer
 
@@ -326,6 +337,18 @@ class Chat:
                 for name, tensor in media.tensors.items()
             }
         return batch
+
+
+def _drawn_by(sampling: Sampling, runs: Sequence[Run]) -> Sampling:
+    """A seed for each medium, where there is one for each conversation."""
+    if isinstance(sampling.seed, int):
+        return sampling
+    made: Counter[int] = Counter()
+    seeds = []
+    for run in runs:
+        seeds.append(sampling.seed[run.row] + made[run.row])
+        made[run.row] += 1
+    return replace(sampling, seed=tuple(seeds))
 
 
 def _is_batch(messages: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the weights of adapters and of new tokens mean besides their shapes: written into a
+"""What the weights of adapters, new tokens and projectors mean besides their shapes: written into a
 checkpoint, compared where a later stage or a resume takes them.
 """
 
@@ -42,8 +42,8 @@ def take_rows(model: nn.Module, loaded: Collection[str]) -> set[str]:
 
 
 def meaning(model: AnyToAnyModel) -> dict[str, Any]:
-    """What weights of adapters and of new tokens mean besides their shapes: the scale of every
-    adapter, and which tokens the rows are of.
+    """What trained weights mean besides their shapes: the scale of every adapter, which tokens the
+    rows are of, and the arguments of projectors that say what is computed with theirs.
     """
     scales = {
         name: float(scale)
@@ -51,13 +51,23 @@ def meaning(model: AnyToAnyModel) -> dict[str, Any]:
         if isinstance(module, LoraLayer)
         for scale in module.scaling.values()
     }
-    return {"scale": scales, "new_tokens": list(getattr(model.llm, "new_tokens", []))}
+    projectors: dict[str, dict[str, Any]] = {}
+    for kind in ("input_projectors", "output_projectors"):
+        for modality, projector in getattr(model, kind).items():
+            values = {name: getattr(projector, name) for name in projector.means}
+            plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+            projectors[f"{kind}.{modality}"] = plain
+    return {
+        "scale": scales,
+        "new_tokens": list(getattr(model.llm, "new_tokens", [])),
+        "projectors": projectors,
+    }
 
 
 def check_meaning(
     model: AnyToAnyModel, earlier: Mapping[str, Any], dropped: Collection[str]
 ) -> None:
-    """Refuse adapters of another scale and rows of other tokens.
+    """Refuse adapters of another scale, rows of other tokens and projectors of other arguments.
 
     Args:
         model: after :func:`apply`.
@@ -83,3 +93,13 @@ def check_meaning(
             f"the loaded rows of new tokens are of {tokens}, here new_tokens is "
             f"{here['new_tokens']}; name the same tokens in the same order."
         )
+    for name, given in dict(earlier.get("projectors", {})).items():
+        if name in dropped or name.partition(".")[0] in dropped:
+            continue
+        now = here["projectors"].get(name, {})
+        if odd := [key for key in given if key in now and given[key] != now[key]]:
+            raise TuningError(
+                f"{name} was trained with {odd[0]} {given[odd[0]]!r}, here it has "
+                f"{now[odd[0]]!r}: its weights would compute something else. Give it the "
+                f"{odd[0]} of that run, or leave its weights behind (init_drop: [{name}])."
+            )

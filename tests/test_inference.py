@@ -237,8 +237,7 @@ def test_an_answer_ends_at_a_text(chat: Chat) -> None:
     ):
         assert found == answer.partition(stop)[0].strip()
     pieces = list(chat.generate(PROMPTS[0], stream=True, max_new_tokens=8, stop=stop))
-    assert "".join(pieces).strip().endswith(stop)
-    assert "".join(pieces).count(stop) == 1
+    assert "".join(pieces).strip() == whole[0].partition(stop)[0].strip()
 
 
 def through_pickle(answer: Answer) -> Answer:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mmfusion.processing.stored import DTYPES, Spec, read_header
 from mmfusion.types import Media, Sample
 
 MANIFEST = "features.json"
-VERSION = 1
+VERSION = 2
 INPUT, TARGET = "media", "target"
 MEMBER = re.compile(rf"(?:{INPUT}|{TARGET})\.\d+\.safetensors")
 """Members of a record that are stored features."""
@@ -67,11 +68,14 @@ class StoredSet:
 
     Attributes:
         origin: ``dataset_id`` of the source that was encoded.
+        contents: of each of its shards, in order, when it was last changed (nanoseconds) and a hash
+            of all of it.
         converter: of the recipe.
         dataset_id: of these shards.
     """
 
     origin: str
+    contents: list[list[Any]]
     converter: Any
     dataset_id: str = ""
 
@@ -125,7 +129,7 @@ class Features:
                 )
                 for name, part in content["parts"].items()
             }
-            return cls(parts, {n: StoredSet(**one) for n, one in content["sources"].items()})
+            return cls(parts, {n: _set(**one) for n, one in content["sources"].items()})
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise FeaturesError(
                 f"{folder / MANIFEST} is damaged or of another version ({error!r}). Make the "
@@ -143,6 +147,17 @@ def _spec(dtype: Any, shape: Any) -> Spec:
     if dtype not in DTYPES or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"tensors of {dtype}, {shape}")
     return dtype, tuple(shape)
+
+
+def _set(contents: Any, **given: Any) -> StoredSet:
+    """As it was written.
+
+    Raises:
+        ValueError: where it does not say of each shard when it was changed, and a hash.
+    """
+    if any([type(value) for value in one] != [int, str] for one in contents):
+        raise ValueError(f"contents {contents}")
+    return StoredSet(contents=contents, **given)
 
 
 class StoredSource(Source):
@@ -242,21 +257,53 @@ def stored_source(
         raise FeaturesError(
             f"data.features: the shards of data.{name} in {folder} were changed: {error}. {again}"
         ) from error
-    origin = origin_of(source)
-    if origin not in (None, known.origin):
+    own = shards_there(source)
+    if own and own.dataset_id != known.origin:
         raise FeaturesError(
-            f"data.{name}.shards are not those that {folder} was made from (data set {origin}, "
-            f"there {known.origin}). {again}"
+            f"data.{name}.shards are not those that {folder} was made from (data set "
+            f"{own.dataset_id}, there {known.origin}). {again}"
+        )
+    if own and (shard := changed_shard(own, known.contents)):
+        raise FeaturesError(
+            f"data.{name}.shards: {shard} has changed since {folder} was made from it. {again}"
         )
     return found
 
 
-def origin_of(source: Source) -> str | None:
-    """``dataset_id`` of a source's own shards; None where they are not there any more."""
+def shards_there(source: Source) -> Shards | None:
+    """A source's own shards; None where they are not there any more."""
     try:
-        return Shards(source.patterns).dataset_id
+        return Shards(source.patterns)
     except (ShardError, FileNotFoundError):
         return None
+
+
+def contents_of(shards: Shards) -> list[list[Any]]:
+    """When each shard was last changed, and a hash of all of it: ``dataset_id`` looks at a few
+    places alone.
+    """
+    return [[os.stat(path).st_mtime_ns, file_hash(path)] for path in shards.paths]
+
+
+def changed_shard(shards: Shards, contents: Sequence[Sequence[Any]]) -> str | None:
+    """The first shard that is another one now. Read whole where its time of change is: a copy has
+    the same content.
+    """
+    if len(contents) != len(shards.paths):
+        return shards.paths[0]
+    for path, (changed, digest) in zip(shards.paths, contents, strict=True):
+        if os.stat(path).st_mtime_ns != changed and file_hash(path) != digest:
+            return path
+    return None
+
+
+def file_hash(path: str | Path) -> str:
+    """Of all of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def differences(there: Any, here: Any, key: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from mmfusion.data.datamodule import MultimodalData
-from mmfusion.data.features import Features, StoredPart, StoredSet, shards_of
+from mmfusion.data.features import Features, StoredPart, StoredSet, contents_of, shards_of
 from mmfusion.data.source import Source
 from mmfusion.data.whole_file import alone
 from mmfusion.paths import expand
@@ -90,7 +90,9 @@ def encode(
             for part in chosen
         },
         {
-            name: StoredSet(source.shards.dataset_id, converter_of(plain, name))
+            name: StoredSet(
+                source.shards.dataset_id, contents_of(source.shards), converter_of(plain, name)
+            )
             for name, source in sources.items()
         },
     )

@@ -119,6 +119,11 @@ class MultimodalModule(L.LightningModule):
                     f"model.objectives.{name}: weight is {objective.weight}; expected 0 or more, "
                     "finite."
                 )
+        if not any(objective.weight for objective in objectives.values()):
+            raise ValueError(
+                f"model.objectives {sorted(objectives)} have weight 0: nothing would train. Give "
+                "one of them a weight above 0."
+            )
         made = set(generators or {})
         aims = {n: o for n, o in objectives.items() if isinstance(o, TargetObjective)}
         if odd := [name for name, aim in aims.items() if aim.modality not in made]:

@@ -8,7 +8,6 @@ targets.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from mmfusion.data.features import (
     Identity,
     StoredPart,
     differences,
+    file_hash,
     stored_source,
 )
 from mmfusion.models.any_to_any import AnyToAnyModel
@@ -127,10 +127,10 @@ def weights_of(path: str, revision: str | None) -> dict[str, str]:
     """
     where = Path(expand(path))
     if where.is_file():
-        return {where.name: _hash(where)}
+        return {where.name: file_hash(where)}
     if where.is_dir():
         return {
-            str(file.relative_to(where)): _hash(file)
+            str(file.relative_to(where)): file_hash(file)
             for file in _files_in(where)
             if file.suffix in WEIGHTS and file.relative_to(where).parts[0] not in NOT_ENCODING
         }
@@ -153,14 +153,6 @@ def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield from _files_in(path, (*above, real))
         elif path.is_file():
             yield path
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
 
 
 def use_features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mmfusion.data.features import (
     StoredPart,
     StoredSet,
     StoredSource,
+    changed_shard,
+    contents_of,
     differences,
     numbered,
     stored_source,
@@ -34,7 +37,9 @@ COMMAND = "mmfusion data encode recipe.yaml --out f --overwrite"
 def test_the_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     identity = {"class": "a.B", "arguments": {"size": 0.1}, "weights": {"m": "12"}}
     part = StoredPart(identity, {"features": ("F32", (None, 8))})
-    given = Features({"encoders.image": part}, {"sources.a": StoredSet("1", CONVERTER, "2")})
+    given = Features(
+        {"encoders.image": part}, {"sources.a": StoredSet("1", [[1, "h"]], CONVERTER, "2")}
+    )
     given.write(tmp_path)
     found = Features.read(tmp_path, COMMAND)
     assert found == given
@@ -46,7 +51,7 @@ def test_the_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 def with_specs(specs: str) -> str:
     """A manifest of one part."""
     part = f'{{"identity": {{}}, "specs": {specs}}}'
-    return f'{{"version": 1, "parts": {{"encoders.image": {part}}}, "sources": {{}}}}'
+    return f'{{"version": 2, "parts": {{"encoders.image": {part}}}, "sources": {{}}}}'
 
 
 @pytest.mark.parametrize(
@@ -56,9 +61,9 @@ def with_specs(specs: str) -> str:
         ("{", "is damaged"),
         ("[" * 100_000, "is damaged"),
         ("[]", "damaged or of another version"),
-        ('{"version": 2, "parts": {}, "sources": {}}', "version 2, expected 1"),
-        ('{"version": 1, "parts": {"a": 3}, "sources": {}}', "damaged"),
-        ('{"version": 1, "parts": {}, "sources": {"a": {"b": 1}}}', "damaged"),
+        ('{"version": 3, "parts": {}, "sources": {}}', "version 3, expected 2"),
+        ('{"version": 2, "parts": {"a": 3}, "sources": {}}', "damaged"),
+        ('{"version": 2, "parts": {}, "sources": {"a": {"b": 1}}}', "damaged"),
         (with_specs('{"features": ["F32", [null, -8]]}'), "tensors of F32, .None, -8."),
         (with_specs('{"features": ["F32", "88"]}'), "tensors of F32, 88"),
         (with_specs('{"features": ["F32", [true]]}'), "tensors of F32"),
@@ -116,7 +121,8 @@ def made(tmp_path: Path) -> tuple[Source, Features, Path]:
             record, _, key = source.shards.read(index)
             files = {"media.0.safetensors": item_file({}, {})} if "image" in record else {}
             writer.write(key, record | files)
-    known = StoredSet(source.shards.dataset_id, CONVERTER, Shards(str(folder)).dataset_id)
+    contents = contents_of(source.shards)
+    known = StoredSet(source.shards.dataset_id, contents, CONVERTER, Shards(str(folder)).dataset_id)
     return source, Features({}, {"sources.a": known}), folder
 
 
@@ -131,6 +137,25 @@ def test_a_stored_source_gives_the_same_samples(made: tuple[Source, Features, Pa
         assert [m.data for m in stored.media] == [m.data for m in live.media]
         assert all(item.stored for item in stored.media)
         assert all(item.stored is None for item in live.media)
+
+
+def test_features_of_captions_that_have_changed_are_refused(tmp_path: Path) -> None:
+    """In the middle, where ``dataset_id`` does not look; a copy of the same is taken."""
+
+    def write(caption: str) -> Source:
+        with ShardWriter(str(tmp_path / "s-%d.tar"), overwrite=True) as writer:
+            for number in range(200):
+                text = caption if number in (60, 61) else "w1 w2"
+                writer.write(f"{number:03d}", {"txt": text.encode()})
+        return Source(str(tmp_path / "s-*.tar"), TinyConverter())
+
+    source = write("w1 w2")
+    known = StoredSet(source.shards.dataset_id, contents_of(source.shards), CONVERTER)
+    os.utime(source.shards.paths[0], ns=(1, 1))
+    assert changed_shard(source.shards, known.contents) is None
+    other = write("w3 w4")
+    assert other.shards.dataset_id == known.origin
+    assert changed_shard(other.shards, known.contents) == str(tmp_path / "s-0.tar")
 
 
 def test_a_member_that_features_took_the_place_of_is_empty(tmp_path: Path) -> None:

@@ -347,6 +347,11 @@ def test_a_weight_that_cannot_be_meant_is_refused(folder: Path, weight: float) -
         module_of(folder, decoder, Denoising("image", weight=weight), None)
 
 
+def test_objectives_that_all_weigh_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.objectives \['loss'\] have weight 0: nothing"):
+        module_of(folder, decoder, Denoising("image", weight=0), None)
+
+
 def test_parts_of_the_output_side_must_match(folder: Path) -> None:
     llm = HFCausalLM(str(folder / "llm"))
     with pytest.raises(ValueError, match="give each modality one of all three"):

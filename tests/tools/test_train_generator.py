@@ -273,8 +273,8 @@ def test_a_class_that_is_no_model_is_refused(recipe: str, tmp_path: Path) -> Non
     [
         ("pipeline", "BananaPipeline", "pipeline is 'BananaPipeline'; expected the name of a"),
         ("pipeline", "AutoencoderKL", "pipeline is 'AutoencoderKL'"),
-        ("words", 0, "words is 0; expected 259 or more"),
-        ("words", 258, "words is 258; expected 259 or more"),
+        ("words", 0, "words is 0; expected 259 to"),
+        ("words", 258, "words is 258; expected 259 to"),
         (
             "components.unet.attention_head_dims", 2,
             r"components\.unet\.attention_head_dims is no setting of UNet2DConditionModel\. "
@@ -283,6 +283,7 @@ def test_a_class_that_is_no_model_is_refused(recipe: str, tmp_path: Path) -> Non
         ("components.text_encoder.hidden_sizes", 8, r"no setting of CLIPTextModel.*'hidden_size'"),
         ("components.scheduler.banana", 8, r"components\.scheduler\.banana is no setting of DDIM"),
         ("components.text_encoder", None, r"expected a text_encoder among them"),
+        ("words", 1 << 30, "words is 1073741824; expected 259 to 1048576"),
     ],
 )  # fmt: skip
 def test_what_diffusers_would_pass_over_is_refused_when_the_recipe_is_read(
@@ -296,6 +297,16 @@ def test_what_diffusers_would_pass_over_is_refused_when_the_recipe_is_read(
     if value is None:
         del place[last]
     with pytest.raises(ValueError, match=message):
+        read_recipe(written(tmp_path / "bad.yaml", changed))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "", "a.b", "tokenizer"])
+def test_components_that_are_no_folders_of_the_pipeline_are_refused(
+    recipe: str, tmp_path: Path, name: str
+) -> None:
+    changed = yaml.safe_load(Path(recipe).read_text())
+    changed["components"][name] = {"class": "AutoencoderKL"}
+    with pytest.raises(ValueError, match=f"components has {name!r}; expected names of"):
         read_recipe(written(tmp_path / "bad.yaml", changed))
 
 

@@ -364,7 +364,7 @@ def test_text_a_picture_and_text_are_one_answer_and_a_batch_is_drawn_together(ch
     assert [p.text if isinstance(p, Text) else p.modality for p in second.parts] == [
         "image", "w8", "image",
     ]  # fmt: skip
-    seeds = replace(SAMPLING, seed=(SAMPLING.seed + 1, SAMPLING.seed + 2))
+    seeds = replace(SAMPLING, seed=(SAMPLING.seed + 1,))
     alone = chat.generate(talks[1], sampling=seeds, **forced(chat, said[1]))
     for one, both in zip(alone.media, second.media, strict=True):
         assert np.abs(pixels(one) - pixels(both)).mean() < 0.5
@@ -373,6 +373,19 @@ def test_text_a_picture_and_text_are_one_answer_and_a_batch_is_drawn_together(ch
     *pieces, shown = stream
     assert "".join(pieces).split() == ["w5", "w6", "w7"]
     assert np.abs(pixels(shown) - pixels(first.media[0])).mean() < 0.5
+
+
+def test_seeds_belong_to_conversations_whatever_the_others_answer(chat: Chat) -> None:
+    talks, seeds = [ask("w31 w1"), ask("w32 w2")], replace(SAMPLING, seed=(5, 6))
+    (words, second), (first, again) = (
+        chat.generate(talks, sampling=seeds, **forced(chat, said, "w8 <image_0>"))
+        for said in ("w5 w6", "<image_0> w7")
+    )
+    assert (len(words.media), len(first.media)) == (0, 1)
+    assert np.abs(pixels(second.media[0]) - pixels(again.media[0])).mean() < 0.5
+    for wrong in ((1,), (1, 2, 3), ()):
+        with pytest.raises(ValueError, match=rf"names {len(wrong)} seeds for 2 conversations"):
+            chat.generate(talks, sampling=replace(SAMPLING, seed=wrong))
 
 
 def pixels(media: Media) -> np.ndarray:

@@ -162,6 +162,26 @@ def test_init_from_with_another_projector_is_refused(home, stage1, capsys, tmp_p
     assert "none of the 2 weights" in refused(capsys, recipe, f"--run_dir={tmp_path}/run")
 
 
+def test_a_projector_of_another_activation_is_refused(home, capsys, tmp_path):
+    def mlp(activation):
+        options = {"activation": activation, "hidden_dim": 8}
+        return {"image": {"class_path": "mmfusion.models.projectors.mlp.MLP", "init_args": options}}
+
+    first = fit(
+        write_recipe(home, model__tuning=PROJECTORS, model__input_projectors=mlp("gelu")),
+        f"--run_dir={tmp_path}/first",
+    )
+    other = write_recipe(
+        home,
+        model__tuning=PROJECTORS,
+        model__init_from=str(first.path),
+        model__input_projectors=mlp("relu"),
+    )
+    error = refused(capsys, other, f"--run_dir={tmp_path}/second")
+    assert "input_projectors.image was trained with activation 'gelu', here it has 'relu'" in error
+    assert "init_drop: [input_projectors.image]" in error
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_new_tokens_trained_with_the_whole_table_are_taken(tmp_path, tied):
     write_recipe(tmp_path)

@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from mmfusion.metrics.judges.base import Judge
-from mmfusion.types import Media
+from mmfusion.types import DataError, Media
 
 WHOLE = "all"
 
@@ -21,6 +21,7 @@ class ClassifierJudge(Judge):
     """``right/<aspect>``: the share of made media in which the classifier sees what was wanted, for
     each aspect (``color``, ``shape``) and, as ``right/all``, in all aspects at once;
     ``right_truth/...``: the same of the true media, which is what the classifier itself is worth.
+    A medium that cannot be decoded is not right.
 
     Args:
         aspects: what it tells of a medium.
@@ -47,6 +48,17 @@ class ClassifierJudge(Judge):
     def classify(self, media: Sequence[Media]) -> Sequence[Mapping[str, str]]:
         """What the classifier sees in each medium: a label for each aspect."""
 
+    def told(self, media: Sequence[Media]) -> list[Mapping[str, str]]:
+        """As :meth:`classify`; nothing is seen in a medium that cannot be decoded, as a made sound
+        that is silent.
+        """
+        try:
+            return [*self.classify(media)]
+        except DataError:
+            if len(media) == 1:
+                return [{}]
+            return [one for medium in media for one in self.told([medium])]
+
     @torch.no_grad()
     def update(self, made: Sequence[Media], wanted: Sequence[Media]) -> None:
         labels = [self.labels(medium) for medium in wanted]
@@ -54,10 +66,10 @@ class ClassifierJudge(Judge):
         if not known:
             return
         for kind, media in (("right", made), ("right_truth", wanted)):
-            found = self.classify([media[i] for i in known])
+            found = self.told([media[i] for i in known])
             for i, seen in zip(known, found, strict=True):
                 label = labels[i] or {}
-                right = {aspect: seen[aspect] == label[aspect] for aspect in self.aspects}
+                right = {aspect: seen.get(aspect) == label[aspect] for aspect in self.aspects}
                 for aspect, is_right in {**right, WHOLE: all(right.values())}.items():
                     self._share(f"{kind}/{aspect}").update(float(is_right))
 

@@ -15,14 +15,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from mmfusion.metrics.judges.base import Judge
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.fusion import first_n
-from mmfusion.types import Media
+from mmfusion.types import DataError, Media
 
 
 class FrechetDistance(Judge):
     """``frechet``: how far the made media are from the true ones as a set, 0 where they are alike.
 
     It falls with the number of media and depends on the encoder: compare figures of equal numbers
-    under the same one only. With fewer media than features it says little.
+    under the same one only. With fewer media than features it says little. ``left_out``, where
+    there are any: made media that cannot be decoded, as a silent sound; the distance is of the
+    others.
 
     Args:
         encoder: its features, averaged over a medium, are compared.
@@ -35,7 +37,7 @@ class FrechetDistance(Judge):
         self.distance = FrechetInceptionDistance(_Given(encoder.out_dim)).set_dtype(torch.float64)
         # Known otherwise only where something was judged, which not every rank may have.
         self.distance.orig_dtype = torch.float64
-        self.count = SumMetric()
+        self.count, self.left_out = SumMetric(), SumMetric()
         self._processor: Any = None
 
     def build(self) -> None:
@@ -45,9 +47,19 @@ class FrechetDistance(Judge):
 
     @torch.no_grad()
     def update(self, made: Sequence[Media], wanted: Sequence[Media]) -> None:
-        self.distance.update(self._features(made), real=False)
-        self.distance.update(self._features(wanted), real=True)
-        self.count.update(len(made))
+        pairs = [pair for pair in zip(made, wanted, strict=True) if self._decodes(pair[0])]
+        self.left_out.update(len(made) - len(pairs))
+        if pairs:
+            self.distance.update(self._features([one for one, _ in pairs]), real=False)
+            self.distance.update(self._features([true for _, true in pairs]), real=True)
+            self.count.update(len(pairs))
+
+    def _decodes(self, medium: Media) -> bool:
+        try:
+            self._processor(medium)
+        except DataError:
+            return False
+        return True
 
     def _features(self, media: Sequence[Media]) -> Tensor:
         """(N, D): means over the valid features."""
@@ -59,8 +71,9 @@ class FrechetDistance(Judge):
         return (features * valid).sum(1).double() / counts.to(device)[:, None]
 
     def compute(self) -> dict[str, float]:
-        enough = float(self.count.compute()) >= 2
-        return {"frechet": float(self.distance.compute())} if enough else {}
+        count, left_out = float(self.count.compute()), float(self.left_out.compute())
+        found = {"frechet": float(self.distance.compute())} if count >= 2 else {}
+        return found | ({"left_out": left_out} if left_out else {})
 
 
 class _Given(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from mmfusion.models.generators.griffin_lim import GriffinLim
 Components = Mapping[str, Mapping[str, Any]]
 PAD, START, END = SPECIAL = ("<pad>", "<start>", "<end>")
 LEAST_WORDS = len(SPECIAL) + 256
+MOST_WORDS = 1 << 20
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Of a component: it becomes a folder."""
 _KINDS = (diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel)
 
 
@@ -34,13 +38,19 @@ def check_untrained(pipeline: str, components: Components, words: int) -> None:
         words: likewise.
 
     Raises:
-        ValueError: for a class that is not theirs, a key that a class does not know (theirs would
-            go on with a default), or a vocabulary that does not hold what every text is made of.
+        ValueError: for a name that is no folder of a pipeline, a class that is not theirs, a key
+            that a class does not know (theirs would go on with a default), or a vocabulary that
+            does not hold what every text is made of.
     """
     kind = getattr(diffusers, pipeline, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(f"pipeline is {pipeline!r}; expected the name of a pipeline of diffusers.")
     for name, given in components.items():
+        if not NAME.fullmatch(name) or name == "tokenizer":
+            raise ValueError(
+                f"components has {name!r}; expected names of a pipeline's folders, such as unet: "
+                "small letters, digits and _. The tokenizer is made from the captions."
+            )
         kind, config = _kind(name, given)
         if issubclass(kind, transformers.PreTrainedModel):
             known = dir(kind.config_class()) + list(kind.config_class.attribute_map)
@@ -54,9 +64,9 @@ def check_untrained(pipeline: str, components: Components, words: int) -> None:
             )
     if "text_encoder" not in components:
         raise ValueError(f"components are {[*components]}; expected a text_encoder among them.")
-    if words < LEAST_WORDS:
+    if not LEAST_WORDS <= words <= MOST_WORDS:
         raise ValueError(
-            f"words is {words}; expected {LEAST_WORDS} or more: one for each byte, and "
+            f"words is {words}; expected {LEAST_WORDS} to {MOST_WORDS}: one for each byte, and "
             f"{', '.join(SPECIAL)}."
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,11 @@ class OutputProjector(nn.Module, ABC):
         baseline: a request that asks for nothing, such as ".": the states that answer it are taken
             away first. What a signal token is hides what is asked for otherwise: of a small LLM's
             states 95 % were the same whatever the caption.
+    """
+
+    means: ClassVar[tuple[str, ...]] = ("layers", "add_embeddings", "baseline")
+    """Arguments, kept as attributes, that change what the weights compute and not their shapes: a
+    later stage that takes the weights must have the same ones.
     """
 
     def __init__(

@@ -28,6 +28,8 @@ class MLP(OutputProjector):
         activation: a name transformers knows.
     """
 
+    means = (*OutputProjector.means, "activation")
+
     def __init__(
         self,
         in_dim: int,
@@ -44,6 +46,7 @@ class MLP(OutputProjector):
             raise ValueError(f"depth is {depth}; an MLP needs at least 1 linear layer.")
         if activation not in ACT2FN:
             raise ValueError(f"activation {activation!r} is unknown; one of {sorted(ACT2FN)}.")
+        self.activation = activation
         widths = [in_dim, *[hidden_dim or in_dim] * (depth - 1)]
         parts: list[nn.Module] = []
         for before, after in pairwise(widths):

@@ -31,6 +31,8 @@ class QueryDecoder(OutputProjector):
         dropout: inside the layers.
     """
 
+    means = (*OutputProjector.means, "heads")
+
     def __init__(
         self,
         in_dim: int,
@@ -48,6 +50,7 @@ class QueryDecoder(OutputProjector):
         super().__init__(in_dim, spec, layers, add_embeddings, baseline)
         if dim % heads:
             raise ValueError(f"dim {dim} is no multiple of heads {heads}.")
+        self.heads = heads
         self.inward = nn.Linear(in_dim, dim)
         options: dict[str, Any] = {
             "dim_feedforward": ffn_dim, "dropout": dropout, "activation": "gelu",

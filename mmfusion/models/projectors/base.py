@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,10 @@ class Projector(nn.Module, ABC):
     reads_features: bool = True
     """False for a projector that ignores its input (the no-media baseline): its frozen encoder is
     then not run.
+    """
+    means: ClassVar[tuple[str, ...]] = ()
+    """Arguments, kept as attributes, that change what the weights compute and not their shapes: a
+    later stage that takes the weights must have the same ones.
     """
 
     def num_tokens(self, num_features: int) -> int:

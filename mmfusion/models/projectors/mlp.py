@@ -21,6 +21,8 @@ class MLP(Projector):
         norm: layer-normalise the (stacked) features first.
     """
 
+    means = ("activation",)
+
     def __init__(
         self,
         in_dim: int,
@@ -36,6 +38,7 @@ class MLP(Projector):
             raise ValueError(f"depth is {depth}; an MLP needs at least 1 linear layer.")
         if activation not in ACT2FN:
             raise ValueError(f"activation {activation!r} is unknown; one of {sorted(ACT2FN)}.")
+        self.activation = activation
         self.stack = checked_stack(stack)
         widths = [in_dim * stack, *[hidden_dim or out_dim] * (depth - 1), out_dim]
         layers: list[nn.Module] = [nn.LayerNorm(widths[0])] if norm else []

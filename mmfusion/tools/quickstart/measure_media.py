@@ -159,13 +159,15 @@ def answers(chat: Chat, items: Sequence[HeldOut]) -> list[Said]:
 def right_figures(
     said: Sequence[Said], judges: Mapping[str, SmallJudge], bounds: Mapping[str, float]
 ) -> dict[str, Estimate]:
-    """By modality, how often what was made shows what was asked for. No medium is not right."""
+    """By modality, how often what was made shows what was asked for. No medium is not right,
+    and neither is one that cannot be decoded.
+    """
     figures = {}
     for modality in sorted({one.wanted for one in said} - {""}):
         group = [one for one in said if one.wanted == modality]
         right = np.zeros(len(group))
         made = [i for i, one in enumerate(group) if one.made]
-        seen = judges[modality].classify([group[i].made[0] for i in made]) if made else []
+        seen = judges[modality].told([group[i].made[0] for i in made]) if made else []
         for i, found in zip(made, seen, strict=True):
             right[i] = found == judges[modality].labels(_truth(group[i].item))
         names = [one.about for one in group]

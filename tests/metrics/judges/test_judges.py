@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from mmfusion.metrics.judges.classifier import ClassifierJudge
 from mmfusion.metrics.judges.clip_score import CLIPScore
 from mmfusion.metrics.judges.frechet import FrechetDistance
-from mmfusion.types import Media
-from tests.models.tiny import TinyEncoder, clip_config, save_clip
+from mmfusion.types import DataError, Media, MediaTensors
+from tests.models.tiny import TinyEncoder, TinyProcessor, clip_config, save_clip
 
 LETTERS = "abcdefghij"
 LONG = " ".join(LETTERS * 3)
@@ -150,6 +151,44 @@ def test_a_classifier_says_which_media_show_what_was_wanted() -> None:
     judge.reset()
     judge.update([shown("c d")], [shown("a b")])
     assert judge.compute() == {}
+
+
+def test_what_cannot_be_decoded_is_not_right_and_ends_nothing() -> None:
+    """A sound that was made may be silent."""
+
+    class Careful(Words):
+        def classify(self, media: Sequence[Media]) -> Sequence[Mapping[str, str]]:
+            if any(not item.data for item in media):
+                raise DataError("silent_audio", "all samples are zero")
+            return super().classify(media)
+
+    judge, wanted = Careful(), [shown("red ring", "red ring")] * 3
+    judge.update([shown("red ring"), shown(""), shown("red star")], wanted)
+    assert judge.compute() == pytest.approx({
+        "right/color": 2 / 3, "right/shape": 1 / 3, "right/all": 1 / 3,
+        "right_truth/color": 1.0, "right_truth/shape": 1.0, "right_truth/all": 1.0,
+    })  # fmt: skip
+
+
+def test_frechet_distance_leaves_out_and_counts_what_cannot_be_decoded() -> None:
+    class Careful(TinyProcessor):
+        def __call__(self, media: Media, rng: Any = None) -> MediaTensors:
+            if not media.data:
+                raise DataError("silent_audio", "all samples are zero")
+            return super().__call__(media, rng)
+
+    class CarefulEncoder(TinyEncoder):
+        def media_processor(self) -> TinyProcessor:
+            return Careful(self.modality)
+
+    made, wanted = vectors(0, 8), vectors(1, 8)
+    whole, judge = FrechetDistance(CarefulEncoder()), FrechetDistance(CarefulEncoder())
+    whole.build()
+    judge.build()
+    whole.update(made, wanted)
+    judge.update([*made[:3], shown(""), *made[3:]], [*wanted[:3], wanted[0], *wanted[3:]])
+    judge.update([shown("")], [wanted[0]])
+    assert judge.compute() == pytest.approx({**whole.compute(), "left_out": 2}, rel=1e-6)
 
 
 def test_aspects_are_named() -> None:
