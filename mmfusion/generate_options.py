@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ NOT_TAKEN = {
     "eos_token_id": "the tokens that end an answer are those of training",
     "pad_token_id": "padding is the tokenizer's",
     "generation_config": "give what is in it, option by option",
+    **dict.fromkeys(
+        ("penalty_alpha", "dola_layers", "force_words_ids", "constraints", "num_beam_groups"),
+        "Hugging Face keeps that as remote code, which is not run",
+    ),
     **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), _ONE),
     **dict.fromkeys(
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _ONE
@@ -40,6 +45,18 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in NOT_TAKEN or name not in taken | BESIDE:
             why = NOT_TAKEN.get(name, "Hugging Face's GenerationConfig knows no such option")
             raise ValueError(f"generate takes no {name}: {why}.")
+
+
+def check_length(max_new_tokens: Any, stop: Any) -> None:
+    """Where an answer ends.
+
+    Raises:
+        ValueError: for what is no number of tokens, or no text.
+    """
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a number, 1 or more.")
+    if not isinstance(stop, str | None):
+        raise ValueError(f"stop is {stop!r}; expected one text, or None.")
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

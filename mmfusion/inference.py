@@ -19,7 +19,15 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from mmfusion.data.collate import collate
-from mmfusion.generate_options import Left, StopAt, before, check_options, given, seeded
+from mmfusion.generate_options import (
+    Left,
+    StopAt,
+    before,
+    check_length,
+    check_options,
+    given,
+    seeded,
+)
 from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
@@ -194,6 +202,7 @@ class Chat:
                 positions.
         """
         check_options(options)
+        check_length(max_new_tokens, stop)
         if seed is not None:
             check_seed("seed", seed)
         sampling = sampling or Sampling()

@@ -5,7 +5,6 @@ Hugging Face's.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +69,7 @@ def _part(part: Any) -> Text | Media:
     if isinstance(part, str):
         return Text(part)
     kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = kind if isinstance(kind, str) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind == "image_url":
@@ -77,10 +77,10 @@ def _part(part: Any) -> Text | Media:
         return _from_url("image", str(url.get("url") if isinstance(url, Mapping) else url))
     if kind == "image" and isinstance(part.get("image"), Image.Image):
         return _from_picture(part["image"])
-    if kind == "input_audio":
-        audio = part["input_audio"]
-        return Media("audio", _base64(audio["data"]), audio["format"])
-    if kind and "path" in part:
+    audio = part.get("input_audio") if kind == "input_audio" else None
+    if isinstance(audio, Mapping) and {"data", "format"} <= audio.keys():
+        return Media("audio", _base64(audio["data"]), str(audio["format"]))
+    if kind and isinstance(part.get("path"), (str, Path)):
         return read_media(part["path"], kind)
     if kind and isinstance(part.get("data"), bytes):
         return Media(kind, part["data"], part.get("format", ""))
@@ -93,7 +93,13 @@ def _part(part: Any) -> Text | Media:
 
 def _from_picture(picture: Image.Image) -> Media:
     file = io.BytesIO()
-    picture.save(file, "png")
+    try:
+        picture.save(file, "png")
+    except OSError as error:
+        raise ValueError(
+            f"a picture has the mode {picture.mode}, which PNG files do not ({error}); give "
+            'picture.convert("RGB").'
+        ) from error
     return Media("image", file.getvalue(), "png")
 
 
@@ -108,10 +114,10 @@ def _from_url(modality: str, url: str) -> Media:
     return Media(modality, _base64(data), head.removesuffix(";base64").rpartition("/")[2])
 
 
-def _base64(data: str) -> bytes:
+def _base64(data: Any) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except (TypeError, ValueError) as error:  # binascii.Error is one of the latter
         raise ValueError(f"media data is not base64 ({error}).") from error
 
 

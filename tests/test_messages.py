@@ -42,6 +42,14 @@ def test_plain_dicts_make_the_same_conversation(tmp_path: Path) -> None:
         (7, ValueError),
         ([{"type": "text", "text": 7}], ValueError),
         ([{"type": "image_url", "image_url": "x"}], ValueError),
+        ([{"type": "input_audio"}], ValueError),
+        ([{"type": "input_audio", "input_audio": {"data": "AAAA"}}], ValueError),
+        ([{"type": "input_audio", "input_audio": {"data": 7, "format": "wav"}}], ValueError),
+        ([{"type": "input_audio", "input_audio": "AAAA"}], ValueError),
+        ([{"type": "image", "path": None}], ValueError),
+        ([{"type": ["image"], "path": "a.jpg"}], ValueError),
+        ([{"type": "image", "image": Image.new("CMYK", (4, 3))}], ValueError),
+        ([{"type": "image", "image": Image.new("F", (4, 3))}], ValueError),
     ],
 )
 def test_bad_content_is_named(content: list, error: type[Exception]) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -48,10 +49,10 @@ class ConditionAlignment(TargetObjective):
         temperature: float = 0.07,
     ) -> None:
         super().__init__(modality, weight)
-        if contrastive < 0 or temperature <= 0:
+        if not (0 <= contrastive < math.inf and 0 < temperature < math.inf):
             raise ValueError(
                 f"contrastive is {contrastive} and temperature {temperature}; expected a weight of "
-                "0 or more and a temperature above 0."
+                "0 or more and a temperature above 0, both finite."
             )
         self.distance = distance
         self.contrastive, self.temperature = contrastive, temperature

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfusion.models.any_to_any import AnyToAnyModel
-from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Generator
+from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE, Generator, check_seed
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.objectives.base import Loss, TargetObjective, over_targets
 from mmfusion.types import Batch, Conditioning, ConditioningSpec, ModelOutput, TargetBatch
@@ -44,6 +44,7 @@ class Denoising(TargetObjective):
                 f"drop_condition is {drop_condition} and min_snr {min_snr}; expected a share below "
                 "1 and a gamma of 0 or more."
             )
+        check_seed("seed", seed)
         self.min_snr, self.seed = min_snr, seed
         self.drop_condition = drop_condition
         self.needs = frozenset({VAE, DENOISER} | ({TEXT_ENCODER} if drop_condition else set()))

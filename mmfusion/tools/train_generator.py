@@ -57,9 +57,10 @@ def train_generator(
         overwrite: replace what another recipe made there.
         overrides: recipe values, as ``--denoiser.steps=100``.
     """
-    made, target = read_recipe(recipe, overrides or ()), Path(expand(out))
-    if target.is_symlink():  # what it names is replaced, not the link
-        target = target.resolve()
+    made = read_recipe(recipe, overrides or ())
+    target = Path(expand(out)).resolve()  # what a link names is replaced, not the link
+    if not target.name:
+        raise ValueError(f"the output folder is {out}; expected a folder that may be replaced.")
     with alone(str(target.with_name(f".{target.name}.lock")), f"training {target}"):
         _train(made, target, overwrite)
 
@@ -152,6 +153,8 @@ class SmallGenerator:
         for name, value in (("condition_noise", condition_noise), ("divergence", divergence)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; expected 0 or more, finite.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1, as numpy's seeds are.")
         self.divergence, self.condition_noise = divergence, condition_noise
         self.make, self.pipeline, self.components = generator, pipeline, components
         self.source, self.words, self.seed = source, words, seed

@@ -88,11 +88,11 @@ def save_pairs(folder: Path) -> None:
             writer.write(f"{number:05d}", record)
 
 
-def recipe(folder: Path, converter: str, **model: object) -> dict[str, object]:
+def recipe(
+    folder: Path, converter: str, init_args: dict[str, object], **model: object
+) -> dict[str, object]:
     """What both stages share, and the parts of one."""
-    part: dict[str, object] = {"class_path": f"mmfusion.data.converters.{converter}"}
-    if converter.startswith("caption"):
-        part["init_args"] = {"prompt": "Image caption:"}
+    part = {"class_path": f"mmfusion.data.converters.{converter}", "init_args": init_args}
     return {
         "trainer": {"max_steps": 100},
         "model": {
@@ -126,6 +126,7 @@ def main(folder: Path) -> None:
     first = recipe(
         folder,
         "caption.Caption",
+        {"prompt": "Image caption:"},
         encoders={
             "image": {
                 "class_path": f"{MODELS}.encoders.hf_vision.HFVision",
@@ -144,6 +145,9 @@ def main(folder: Path) -> None:
     second = recipe(
         folder,
         "text_to_media.TextToMedia",
+        {"prompts": {"image": ["Draw {caption}"]}},
+        encoders={},
+        input_projectors={},
         signal_tokens={"image": 4},
         output_projectors={
             "image": {"class_path": f"{MODELS}.output_projectors.query_decoder.QueryDecoder"}

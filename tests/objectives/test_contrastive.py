@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 import torch
@@ -171,7 +172,11 @@ def test_a_step_without_captions_has_no_texts() -> None:
     assert gather_texts(Captions([], {}), lambda own: 1 / 0, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("options", [{"contrastive": -1.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{name: value} for name in ("contrastive", "temperature") for value in (-1.0, nan, inf)]
+    + [{"temperature": 0.0}],
+)
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected a weight of 0 or more"):
         ConditionAlignment("image", **options)

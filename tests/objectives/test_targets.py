@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from math import inf, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -260,6 +260,9 @@ def test_options_out_of_range_are_refused() -> None:
     for options in bad:
         with pytest.raises(ValueError, match="expected a share below 1"):
             Denoising("image", **options)
+    for seed in (1.5, 2**70):
+        with pytest.raises(ValueError, match="expected a whole number of 64 bits"):
+            Denoising("image", seed=cast(int, seed))
 
 
 def test_weights_that_a_generator_does_not_have_are_refused_before_anything_is_loaded(

@@ -254,6 +254,8 @@ def test_weights_of_shipped_recipes_take_at_most_10_mb(modality: str, tmp_path: 
         ("--condition_noise=.nan", "condition_noise is nan; expected 0 or more, finite"),
         ("--divergence=.inf", "divergence is inf; expected 0 or more, finite"),
         ("--divergence=-1", "divergence is -1.0; expected 0 or more, finite"),
+        ("--seed=-1", "seed is -1; expected 0 to"),
+        ("--seed=4294967296", "seed is 4294967296; expected 0 to"),
     ],
 )
 def test_bad_recipes_are_refused(recipe: str, tmp_path: Path, override: str, message: str) -> None:
@@ -282,7 +284,10 @@ def test_a_class_that_is_no_model_is_refused(recipe: str, tmp_path: Path) -> Non
         ),
         ("components.text_encoder.hidden_sizes", 8, r"no setting of CLIPTextModel.*'hidden_size'"),
         ("components.scheduler.banana", 8, r"components\.scheduler\.banana is no setting of DDIM"),
-        ("components.text_encoder", None, r"expected a text_encoder among them"),
+        ("components.text_encoder", None, r"StableDiffusionPipeline needs \['text_encoder'\]"),
+        ("components.vae", None, r"StableDiffusionPipeline needs \['vae'\] as well"),
+        ("pipeline", "WanPipeline", r"WanPipeline takes no \['unet'\]"),
+        ("pipeline", "AudioLDMPipeline", r"AudioLDMPipeline needs \['vocoder'\] as well"),
         ("words", 1 << 30, "words is 1073741824; expected 259 to 1048576"),
     ],
 )  # fmt: skip
@@ -308,6 +313,27 @@ def test_components_that_are_no_folders_of_the_pipeline_are_refused(
     changed["components"][name] = {"class": "AutoencoderKL"}
     with pytest.raises(ValueError, match=f"components has {name!r}; expected names of"):
         read_recipe(written(tmp_path / "bad.yaml", changed))
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_folders_without_a_name_of_their_own_are_never_replaced(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no generator was trained there|that may be replaced"):
+        train_generator(recipe, out)
+
+
+def test_captions_that_the_text_encoder_cuts_are_told(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = read_recipe(recipe)
+    longest = made.components["text_encoder"]["max_position_embeddings"]
+    captions = ["a", "b " * longest]
+    write_untrained(tmp_path / "a", made.pipeline, made.components, captions, made.words)
+    assert f"1 of 2 captions are longer than {longest} tokens" in capsys.readouterr().out
+    write_untrained(tmp_path / "b", made.pipeline, made.components, captions[:1], made.words)
+    assert not capsys.readouterr().out
 
 
 def source_with(folder: Path, good: int, **bad: dict[str, bytes]) -> Source:

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ def check_seed(name: str, seed: Any) -> None:
     Raises:
         ValueError: for what torch's generators do not take.
     """
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not whole or not -(2**63) <= int(seed) < 2**63:
         raise ValueError(
             f"{name} is {seed!r}; expected a whole number of 64 bits, from -2**63 to 2**63 - 1."
         )
@@ -75,7 +76,7 @@ class Sampling:
     seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise ValueError(f"sampling.steps is {self.steps!r}; expected 1 or more.")
         scale = self.guidance_scale
         if not isinstance(scale, Real) or not 0 <= scale < math.inf:
@@ -83,8 +84,11 @@ class Sampling:
                 f"sampling.guidance_scale is {scale!r}; expected a finite number, 0 or more (1: no "
                 "guidance)."
             )
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        for seed in seeds:
             check_seed("sampling.seed", seed)
+        whole = tuple(int(seed) for seed in seeds)  # numpy's among them
+        object.__setattr__(self, "seed", whole if seeds is self.seed else whole[0])
 
     def noise(self, count: int) -> list[torch.Generator]:
         """What each of ``count`` items draws from, on the CPU: the same on any device."""

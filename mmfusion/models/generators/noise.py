@@ -7,8 +7,10 @@ rectified flow with logit-normal times (arXiv:2403.03206).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,7 +84,9 @@ class DDPMNoise(NoiseSchedule):
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
 
-        self.scheduler = DDPMScheduler.from_config(dict(config))
+        with _as_configured(config):
+            self.scheduler = DDPMScheduler.from_config(dict(config))
+            _check_table(self.scheduler.alphas_cumprod, config)
         self.prediction = str(self.scheduler.config.prediction_type)
         if self.prediction not in PREDICTIONS:
             raise ValueError(
@@ -136,12 +140,15 @@ class FlowNoise(NoiseSchedule):
                 f"prediction_type is {prediction!r} in a scheduler of flow matching; expected "
                 "'flow_prediction'."
             )
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
-            shift=float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1)),
-            # Where the shift depends on the size, a sampler's matter, training has none.
-            use_dynamic_shifting=bool(config.get("use_dynamic_shifting")),
-        )
+        with _as_configured(config):
+            shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1)
+            scheduler: Any = FlowMatchEulerDiscreteScheduler(
+                num_train_timesteps=config.get("num_train_timesteps", 1000),
+                shift=float(shift),
+                # Where the shift depends on the size, a sampler's matter, training has none.
+                use_dynamic_shifting=bool(config.get("use_dynamic_shifting")),
+            )
+            _check_table(scheduler.sigmas, config)
         self.sigmas, self.steps = scheduler.sigmas, scheduler.timesteps
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -178,7 +185,11 @@ class CosineNoise(NoiseSchedule):
             raise ValueError(f"prediction_type is {prediction!r}; expected 'v_prediction'.")
         if spread not in (None, 1, 1.0):
             raise ValueError(f"sigma_data is {spread}; expected 1.")
-        self.sigmas = (float(config.get("sigma_max", 500)), float(config.get("sigma_min", 0.3)))
+        most, least = config.get("sigma_max", 500), config.get("sigma_min", 0.3)
+        with _as_configured(config):
+            self.sigmas = (float(most), float(least))
+            if not 0 < self.sigmas[1] < self.sigmas[0] < math.inf:
+                raise ValueError(f"sigma_max is {most} and sigma_min {least}")
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.cat([torch.rand(1, generator=g) for g in generators])
@@ -221,6 +232,31 @@ def _circle(levels_M: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine, to be multiplied with latents like x."""
     angle = (levels_M * torch.pi / 2).to(x.device).view(-1, *[1] * (x.ndim - 1))
     return angle.cos().to(x), angle.sin().to(x)
+
+
+@contextmanager
+def _as_configured(config: Mapping[str, Any]) -> Iterator[None]:
+    """What goes wrong inside is the fault of a configuration that came with weights."""
+    steps = config.get("num_train_timesteps", 1000)
+    try:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"num_train_timesteps is {steps!r}; expected a number, 1 or more")
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the {config.get('_class_name', 'scheduler')} of this configuration cannot be built "
+            f"({type(error).__name__}: {error}). Compare it with that of its model: {dict(config)}"
+        ) from error
+
+
+def _check_table(table: Tensor, config: Mapping[str, Any]) -> None:
+    """As diffusers takes nonsense without a word."""
+    steps = config.get("num_train_timesteps", 1000)
+    if len(table) != steps:
+        raise ValueError(f"num_train_timesteps is {steps}, with {len(table)} noise levels")
+    falls = bool((table.diff() <= 0).all())
+    if not (falls and bool(table.isfinite().all()) and table.min() >= 0 and table.max() <= 1):
+        raise ValueError("its noise levels do not fall from 1 to 0")
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:

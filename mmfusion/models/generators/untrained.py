@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,8 +43,8 @@ def check_untrained(pipeline: str, components: Components, words: int) -> None:
             that a class does not know (theirs would go on with a default), or a vocabulary that
             does not hold what every text is made of.
     """
-    kind = getattr(diffusers, pipeline, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    whole: Any = getattr(diffusers, pipeline, None)
+    if not (isinstance(whole, type) and issubclass(whole, diffusers.DiffusionPipeline)):
         raise ValueError(f"pipeline is {pipeline!r}; expected the name of a pipeline of diffusers.")
     for name, given in components.items():
         if not NAME.fullmatch(name) or name == "tokenizer":
@@ -62,12 +63,23 @@ def check_untrained(pipeline: str, components: Components, words: int) -> None:
             raise ValueError(
                 f"components.{name}.{unknown[0]} is no setting of {kind.__name__}.{hint}"
             )
-    if "text_encoder" not in components:
-        raise ValueError(f"components are {[*components]}; expected a text_encoder among them.")
+    _check_complete(whole, components)
     if not LEAST_WORDS <= words <= MOST_WORDS:
         raise ValueError(
             f"words is {words}; expected {LEAST_WORDS} to {MOST_WORDS}: one for each byte, and "
             f"{', '.join(SPECIAL)}."
+        )
+
+
+def _check_complete(pipeline: Any, components: Components) -> None:
+    """With a text encoder, all that the pipeline needs, and nothing that it does not take."""
+    takes = dict(inspect.signature(pipeline).parameters)
+    needs = {name for name, one in takes.items() if one.default is inspect.Parameter.empty}
+    needs = (needs | {"text_encoder"}) - {"tokenizer"} - {*pipeline._optional_components}
+    if (missing := needs - {*components}) or (surplus := {*components} - {*takes}):
+        raise ValueError(
+            f"components are {[*components]}; {pipeline.__name__} "
+            + (f"needs {sorted(missing)} as well." if missing else f"takes no {sorted(surplus)}.")
         )
 
 
@@ -101,7 +113,16 @@ def write_untrained(
             instance.save_config(made)
         index[name] = _library(kind)
     longest = components["text_encoder"].get("max_position_embeddings")  # T5 takes any length
-    tokenizer(captions, words, longest).save_pretrained(folder / "tokenizer")
+    captions = list(captions)
+    made = tokenizer(captions, words, longest)
+    lengths = [len(ids) for ids in made(captions, verbose=False)["input_ids"]]
+    if cut := sum(length > (longest or math.inf) for length in lengths):
+        print(
+            f"{cut} of {len(captions)} captions are longer than {longest} tokens: the text encoder "
+            "does not see their ends. Raise components.text_encoder.max_position_embeddings to "
+            f"{max(lengths)}, or words, to change that."
+        )
+    made.save_pretrained(folder / "tokenizer")
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 

@@ -37,11 +37,19 @@ def test_samplings_that_draw_nothing_are_refused() -> None:
             Sampling(guidance_scale=scale)
 
 
-@pytest.mark.parametrize("seed", [2**63, 2**70, -(2**63) - 1, 1.5, "7", None, [3], (1, 2**64)])
+@pytest.mark.parametrize(
+    "seed", [2**63, 2**70, -(2**63) - 1, 1.5, "7", None, True, [3], (1, 2**64)]
+)
 def test_seeds_that_no_generator_takes_are_refused(seed: Any) -> None:
     odd = seed[-1] if isinstance(seed, tuple) else seed
     with pytest.raises(ValueError, match=re.escape(f"sampling.seed is {odd!r}; expected a whole")):
         Sampling(seed=seed)
+
+
+def test_seeds_of_numpy_draw_as_others() -> None:
+    given = (np.int64(5), np.uint8(9))
+    assert drawn(Sampling(seed=cast(Any, given)), 2) == drawn(Sampling(seed=(5, 9)), 2)
+    assert drawn(Sampling(seed=cast(Any, given[0])), 2) == drawn(Sampling(seed=5), 2)
 
 
 def test_the_largest_seeds_draw_several_items() -> None:
@@ -50,7 +58,7 @@ def test_the_largest_seeds_draw_several_items() -> None:
 
 
 def test_what_is_no_number_is_refused() -> None:
-    for steps in (2.5, "3", None):
+    for steps in (2.5, "3", None, True):
         with pytest.raises(ValueError, match=rf"sampling\.steps is {steps!r}; expected 1 or more"):
             Sampling(steps=cast(int, steps))
     with pytest.raises(ValueError, match=r"sampling\.guidance_scale is '7'; expected a finite"):
