@@ -14,11 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfusion import __version__
+from mmfusion.stopping import stopping_at_once
 
 if TYPE_CHECKING:
     pass
@@ -130,9 +132,10 @@ def _command(args: list[str]) -> tuple[str, list[str]]:
 
 def _run(name: str, args: list[str]) -> Any:
     if name in RECIPE_COMMANDS:
-        from mmfusion.training.command import RecipeCommand
+        with stopping_at_once() if name == "fit" else nullcontext():
+            from mmfusion.training.command import RecipeCommand
 
-        return RecipeCommand(name, args)
+            return RecipeCommand(name, args)
     from jsonargparse import auto_cli
 
     module, function = TOOLS[name][0].split(":")

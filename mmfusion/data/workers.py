@@ -1,8 +1,8 @@
 """Loader processes: how many, how they start, and what they do with the signals that stop a run.
 
 A terminal's Ctrl-C, torchrun and Slurm send their signal to every process of the run, loaders
-included. The trainer then still needs the batches of the step it finishes, so loaders leave SIGINT
-and SIGTERM to it, until the interpreter exits and ends them. So must the fork server, where there
+included. The trainer then still needs the batches of the step it finishes, so loaders leave them
+to it, until the interpreter exits and ends them. So must the fork server, where there
 is one (Python 3.14's default): a loader ends itself when the process that forked it has gone.
 """
 
@@ -19,7 +19,7 @@ from functools import cache
 from multiprocessing import resource_tracker
 from types import FrameType
 
-STOPPING = {signal.SIGINT, signal.SIGTERM}
+from mmfusion.stopping import STOPPING, WARNINGS, held
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ class Workers:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Start loaders in it: what is started has both signals blocked, as here. A loader opens itself
-    to them when its handlers are set, the fork server never.
+    """Start loaders in it: what is started has these signals blocked, as here. A loader opens
+    itself to them when its handlers are set, the fork server never.
     """
-    resource_tracker.ensure_running()  # where it is started, it unblocks both
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with held(*WARNINGS):
+        resource_tracker.ensure_running()  # where it is started, it unblocks SIGINT and SIGTERM
+        with held(*STOPPING):
+            yield
 
 
 @cache
@@ -57,15 +55,16 @@ def leave_signals(start_method: str | None) -> LeaveSignals:
 
 
 class LeaveSignals:
-    """Called in a loader process: from then on SIGINT means nothing to it, and SIGTERM only once
-    its parent is ending.
+    """Called in a loader process: from then on SIGTERM means something to it once its parent is
+    ending, and no other signal of those does.
     """
 
     def __init__(self, start_method: str | None) -> None:
         self._ending = multiprocessing.get_context(start_method).RawValue("b", 0)
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, *WARNINGS):
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 

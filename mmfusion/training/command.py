@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -26,9 +24,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
+from mmfusion.stopping import stopping_at_once
 from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
-from mmfusion.training.callbacks.checkpointing import RunCheckpoint, RunInterrupted
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.sample_pages import SamplePages
@@ -224,10 +223,6 @@ class RecipeCommand(LightningCLI):
 
     def fit(self) -> None:
         """Train, from the newest checkpoint where there is one."""
-        with _stopping_at_once():
-            self._fit()
-
-    def _fit(self) -> None:
         run, recipe = RunDirectory(self.config.run_dir), self.recipe()
         leads = rank() == 0
         if leads:
@@ -246,7 +241,7 @@ class RecipeCommand(LightningCLI):
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         if leads:
             self.datamodule.open_shards()  # refused here, before anything is made
-        with run.open(recipe) if leads else nullcontext() as attempt, _stopping_at_once():
+        with run.open(recipe) if leads else nullcontext() as attempt, stopping_at_once():
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
                 attempt.step = step
@@ -342,24 +337,6 @@ class RecipeCommand(LightningCLI):
         return default_loggers(
             run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
         )
-
-
-@contextmanager
-def _stopping_at_once() -> Iterator[None]:
-    """Until training starts, and RunCheckpoint takes over, a signal ends the run at once."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise RunInterrupted(number, 0, saved=False)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit as stopped:
-        if isinstance(stopped.__context__, KeyboardInterrupt):
-            raise RunInterrupted(signal.SIGINT, 0, saved=False) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def encode_arguments(args: Sequence[str]) -> list[str]:

@@ -26,6 +26,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from mmfusion.stopping import WARNINGS, held
+
 STEP, ATTEMPT = "trainer/global_step", "trainer/attempt"
 WandbChoice = Literal["auto", "online", "offline", "off"]
 
@@ -255,12 +257,14 @@ class RunWandb(WandbLogger):
         )
         mode, reason = self._mode(host)
         try:
-            run = wandb.init(**self._wandb_init, settings=settings, mode=mode)
+            with held(*WARNINGS):  # its service is a process of its own
+                run = wandb.init(**self._wandb_init, settings=settings, mode=mode)
         except wandb.errors.Error as error:  # a wrong key, a server that stopped answering
             rank_zero_warn(f"W&B could not start online ({error}); logging offline.")
             wandb.teardown()  # frees the run id
             mode, reason = "offline", "online start failed"
-            run = wandb.init(**self._wandb_init, settings=settings, mode=mode)
+            with held(*WARNINGS):
+                run = wandb.init(**self._wandb_init, settings=settings, mode=mode)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         run.config.update({"attempt": self._attempt}, allow_val_change=True)

@@ -4,7 +4,7 @@
 
     config.yaml      the resolved recipe
     run.json         stable id (also W&B's), when it was made, versions
-    status.json      running | finished | failed | interrupted, step, attempt, reason
+    status.json      running | finished | failed | interrupted | preempted, step, attempt, reason
     attempts/0001/   command, machine and log of each start
     checkpoints/     step-00000100.ckpt ... and ``latest``
     metrics.csv, quarantine.jsonl, wandb/
@@ -33,11 +33,12 @@ import yaml
 
 from mmfusion.models.generators.base import ONLY_DRAWN
 from mmfusion.paths import expand
+from mmfusion.stopping import RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import STEP_NAME, by_step
 
-State = Literal["running", "finished", "failed", "interrupted"]
+State = Literal["running", "finished", "failed", "interrupted", "preempted"]
 
 NOT_THE_RECIPE = ("run_dir", "resume", "allow_recipe_change", "config", "ckpt_path", "weights_only")
 """Arguments of a start, not of the run."""
@@ -197,7 +198,8 @@ class _WithoutSecrets(logging.Formatter):
 class Attempt:
     """One start of a run: a context that keeps ``status.json`` and the attempt's log.
 
-    Leaving it by an error writes ``failed`` with the reason, by Ctrl-C or a signal ``interrupted``.
+    Leaving it by an error writes ``failed`` with the reason, by Ctrl-C ``interrupted``, by
+    another signal ``preempted``.
     Keys, tokens and passwords of the environment are hidden in what it writes.
     """
 
@@ -241,7 +243,9 @@ class Attempt:
         if error is None:
             self.write("interrupted" if self.unfinished else "finished", self.unfinished)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self.write("interrupted", str(error) or type(error).__name__)
+            preempted = isinstance(error, RunInterrupted) and error.preempted
+            state: State = "preempted" if preempted else "interrupted"
+            self.write(state, str(error) or type(error).__name__)
         else:
             self.write("failed", f"{type(error).__name__}: {error}")
             text = "".join(traceback.format_exception(kind, error, trace))

@@ -31,7 +31,7 @@ def _note(came, number, frame):
 def signal_the_group(start_method: str) -> None:
     """Take some batches, signal every process of the group, take the rest."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for taken in (0, 3):  # 0: while loaders start
             came: list[int] = []
             signal.signal(number, partial(_note, came))

@@ -37,12 +37,16 @@ def run(args: Sequence[str], log: Path, **options: object) -> int | None:
 
 
 def run_ranks(
-    args: Sequence[str], log: Path, world: int, last_rank: Sequence[str] = ()
+    args: Sequence[str],
+    log: Path,
+    world: int,
+    last_rank: Sequence[str] = (),
+    env: dict[str, str] | None = None,
 ) -> list[int | None]:
     """Run as ``torchrun --nproc-per-node=WORLD`` does; the exit codes. ``last_rank`` are arguments
     of the last rank alone.
     """
-    ranks = start_ranks(args, log, world, last_rank)
+    ranks = start_ranks(args, log, world, last_rank, env=env)
     for process in ranks:
         process.join()
     return [process.exitcode for process in ranks]
@@ -54,6 +58,7 @@ def start_ranks(
     world: int,
     last_rank: Sequence[str] = (),
     prepare: Callable[[], None] | None = None,
+    env: dict[str, str] | None = None,
 ) -> list[BaseProcess]:
     """Start them only."""
     with socket.socket() as free:
@@ -75,6 +80,7 @@ def start_ranks(
                 # What an earlier run in the same process leaves behind; it must mean nothing here.
                 "MMFUSION_RESUME_FROM": "1:",
                 "MMFUSION_INIT_FROM": "1:",
+                **(env or {}),
             },
             prepare,
         )

@@ -16,6 +16,12 @@ from tests.training import jobs
 from tests.training.tiny import Recorder, losses, recorded, steps, write_recipe
 
 STEPS = 12
+STOPS = [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 75, "preempted"),
+    (signal.SIGUSR1, 75, "preempted"),
+]
+"""Signals that stop a run, with its code and what status.json says."""
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +144,8 @@ def wait_for_the_signal():
     Recorder.on_train_batch_end = held
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code):
+@pytest.mark.parametrize(("number", "code", "state"), STOPS)
+def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code, state):
     """Loader processes get the signal too, as from a terminal."""
     name = number.name
     args = [*options(home, recipe, name), "--data.num_workers=2"]
@@ -152,10 +158,41 @@ def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, num
     log = (home / f"{name}.log").read_text()
     assert process.exitcode == code, log
     assert "the same command goes on from here" in log
-    assert json.loads((home / name / "status.json").read_text())["state"] == "interrupted"
+    assert json.loads((home / name / "status.json").read_text())["state"] == state
     done = max(losses_of(home / name)) + 1
     assert f"step-{done:08d}.ckpt" in find(home / name).name
     assert run_to_end(home, recipe, name) == whole
+
+
+def signal_at_step(step, count):
+    """To the process itself, so often."""
+
+    def on_train_batch_start(self, trainer, *_):
+        for _ in range(count if trainer.global_step == step else 0):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Recorder.on_train_batch_start = on_train_batch_start
+
+
+def test_slurms_warnings_may_come_again_and_again(home, recipe, whole):
+    args = options(home, recipe, "warned")
+    assert jobs.run(args, home / "warned.log", prepare=partial(signal_at_step, 4, 3)) == 75
+    assert run_to_end(home, recipe, "warned") == whole
+
+
+def test_a_deadline_is_as_good_as_a_signal(home, recipe, whole):
+    args, late = options(home, recipe, "late"), {"MMFUSION_DEADLINE": str(time.time() - 1)}
+    assert jobs.run(args, home / "late.log", env=late) == 75
+    status = json.loads((home / "late" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", 1)
+    assert run_to_end(home, recipe, "late") == whole
+
+
+def test_torchruns_agent_takes_a_preempted_rank_for_one_that_is_done(home, recipe):
+    late = {"MMFUSION_DEADLINE": str(time.time() - 1)}
+    (code,) = jobs.run_ranks(options(home, recipe, "ranked"), home / "ranked.log", 1, env=late)
+    assert code == 0
+    assert json.loads((home / "ranked" / "status.json").read_text())["state"] == "preempted"
 
 
 @pytest.mark.slow
@@ -175,16 +212,16 @@ def signal_at_fit_start(number):
     Recorder.on_fit_start = on_fit_start
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_while_it_starts_it_says_so(home, recipe, number, code):
+@pytest.mark.parametrize(("number", "code", "state"), STOPS)
+def test_asked_to_stop_while_it_starts_it_says_so(home, recipe, number, code, state):
     name = f"early-{number.name}"
     prepare = partial(signal_at_fit_start, number)
     process = jobs.start(options(home, recipe, name), home / f"{name}.log", prepare=prepare)
     process.join()
     assert process.exitcode == code, (home / f"{name}.log").read_text()
     status = json.loads((home / name / "status.json").read_text())
-    assert status["state"] == "interrupted"
-    assert "interrupted while it started" in status["reason"]
+    assert status["state"] == state
+    assert f"{state} by {number.name} while it started" in status["reason"]
 
 
 def die_in_validation(number):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from mmfusion.stopping import STOPPING, RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.resume import by_step
@@ -19,20 +22,9 @@ from mmfusion.training.resume import by_step
 log = logging.getLogger(__name__)
 
 
-class RunInterrupted(SystemExit):
-    """The run was asked to stop; it finished its step and saved, unless it was only starting."""
-
-    def __init__(self, signum: int, step: int, saved: bool = True) -> None:
-        super().__init__(128 + signum)
-        self.step, self.saved = step, saved
-
-    def __str__(self) -> str:
-        if not self.saved:
-            return "interrupted while it started, nothing new to save; the same command goes on"
-        return f"interrupted after step {self.step}, saved; the same command goes on from here"
-
-
-STOPPING = b"""
+DEADLINE = "MMFUSION_DEADLINE"
+"""Time (seconds since 1970) from which on a run behaves as if it had got SIGUSR1."""
+STOPPING_TEXT = b"""
 stopping: the step under way, or the next one, is finished and saved first; once more stops at once
 """
 
@@ -43,7 +35,8 @@ class RunCheckpoint(Checkpoint):
 
     Each checkpoint is a file of its own, ``checkpoints/step-00000100.ckpt``; the small file
     ``latest`` names the newest and moves after it is complete; old ones go after that. A first
-    Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second stops at once.
+    Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finishes the step, saves and stops; a second Ctrl-C or
+    SIGTERM stops at once.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
@@ -74,18 +67,20 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(FOLDER)
         self._saved_step = -1
         self._signal = 0
+        self._deadline = math.inf
         self._stopping: RunInterrupted | None = None
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""
         self.folder = Path(trainer.default_root_dir) / FOLDER
-        cast(MultimodalModule, pl_module).flags["stop"] = lambda: int(self._signal != 0)
+        cast(MultimodalModule, pl_module).flags["stop"] = self._asked
+        self._deadline = float(os.environ.get(DEADLINE) or "inf")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over Ctrl-C and SIGTERM (after Lightning set its own)."""
+        """Take over the signals (after Lightning set its own)."""
         self._saved_step = trainer.global_step
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def on_train_batch_end(
@@ -155,12 +150,20 @@ class RunCheckpoint(Checkpoint):
             if not self.keep_every_n_steps or step % self.keep_every_n_steps:
                 path.unlink()
 
+    def _asked(self) -> int:
+        """Whether this rank is to stop."""
+        if not self._signal and time.time() >= self._deadline:  # a signal that is sent once is lost
+            self._ask_to_stop(signal.SIGUSR1, None)  # where a process is not yet there
+        return int(self._signal != 0)
+
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        os.write(2, STOPPING)
+        os.write(2, STOPPING_TEXT)
         signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
-        # A second one ends at once; Lightning's own handler would wait for the other ranks.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # A second one ends at once; Lightning's own handler would wait for the other ranks. Slurm
+        # sends its warnings again and again, and SIGTERM soon after one.
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _release(self) -> None:
         for number, handler in self._handlers.items():
