@@ -43,6 +43,11 @@ TOOLS = {
         "mmfusion.tools.describe:describe",
         "parts, shapes, parameters, memory of a recipe",
     ),
+    "launch": (
+        "mmfusion.tools.launch.main:launch",
+        "start a recipe here, under torchrun, on Slurm or on Kubernetes",
+    ),
+    "runs": ("mmfusion.tools.runs:runs", "the runs of a folder and how they stand"),
     "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
     "train-generator": (
         "mmfusion.tools.train_generator:train_generator",
@@ -167,6 +172,8 @@ def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
     """
     options = inspect.signature(tool).parameters
     spelled = []
+    if args and not args[0].startswith("-") and all(o.default != o.empty for o in options.values()):
+        args = [f"--{next(iter(options))}={args[0]}", *args[1:]]  # runs FOLDER
     for arg, after in pairwise([*args, ""]):
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")

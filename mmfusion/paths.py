@@ -1,9 +1,10 @@
-"""Where files are: ``$MMFUSION_CACHE`` and paths in recipes."""
+"""Where files are: ``$MMFUSION_CACHE``, paths in recipes, and what ships beside the package."""
 
 from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
@@ -17,6 +18,24 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("MMFUSION_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmfusion"
+
+
+def shipped(folder: str) -> Path:
+    """A folder beside the package (``launch``, ``recipes/quickstart``): of the source checkout,
+    else as installed.
+
+    Raises:
+        FileNotFoundError: it is in neither.
+    """
+    checkout = Path(__file__).parents[1] / folder
+    installed = Path(sysconfig.get_path("data")) / "share" / "mmfusion" / folder
+    for place in (checkout, installed):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(
+        f"{folder} is neither in {checkout} nor in {installed}; install mmfusion from a source "
+        "checkout: pip install -e '.[quickstart]'."
+    )
 
 
 def expand(path: str | Path) -> str:

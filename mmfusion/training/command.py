@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import pairwise
@@ -165,10 +166,11 @@ class RecipeCommand(LightningCLI):
         given = dict(config.trainer)
         given["default_root_dir"] = config.run_dir
         given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            given["plugins"].append(
-                SLURMEnvironment(auto_requeue=False)
-            )  # saving and exit are ours
+        if TorchElasticEnvironment.detect():
+            given |= _processes(given, "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        elif SLURMEnvironment.detect():
+            given["plugins"].append(SLURMEnvironment(auto_requeue=False))  # saving, exit are ours
+            given |= _processes(given, "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
         precision = str(given.get("precision"))
         if precision.endswith("-true") and precision != "32-true":
             raise RecipeError(
@@ -241,10 +243,9 @@ class RecipeCommand(LightningCLI):
         log.info(f"{run.path}: going on from {start}" if start else f"{run.path}: step 0")
         if leads:
             self.datamodule.open_shards()  # refused here, before anything is made
-        with run.open(recipe) if leads else nullcontext() as attempt, stopping_at_once():
+        with run.open(recipe, step) if leads else nullcontext() as attempt, stopping_at_once():
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
-                attempt.step = step
             self._progress().attempt = attempt
             self._show_samples(SamplePages(run.path, "val"))
             if not self._own_loggers():
@@ -367,6 +368,34 @@ def _runs_as_recipes(args: Sequence[str]) -> list[str]:
             arg = f"{name}={recipe_of(value)}"
         found.append(arg)
     return found
+
+
+def _processes(given: Mapping[str, Any], world: str, local: str) -> dict[str, int]:
+    """Devices of each node, and nodes, as the launcher's environment says.
+
+    Lightning wants to be told: with too few of them each process would take itself for a run of its
+    own, in the same directory.
+
+    Raises:
+        RecipeError: where the recipe says otherwise.
+    """
+    processes, each = int(os.environ[world]), int(os.environ.get(local) or 1)
+    started = {"devices": each, "num_nodes": processes // each}
+    for name, value in started.items():
+        if given.get(name) not in (
+            None,
+            "auto",
+            "-1",
+            -1,
+            value,
+            1 if name == "num_nodes" else value,
+        ):
+            raise RecipeError(
+                f"trainer.{name} is {given[name]}, but the launcher has started {processes} "
+                f"processes, {each} a node ({world}, {local}); leave trainer.devices and "
+                "trainer.num_nodes out."
+            )
+    return started
 
 
 def _as_list(value: Any) -> list[Any]:

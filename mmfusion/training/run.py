@@ -38,6 +38,7 @@ from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_tex
 from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import STEP_NAME, by_step
 
+ATTEMPTS = "attempts"
 State = Literal["running", "finished", "failed", "interrupted", "preempted"]
 
 NOT_THE_RECIPE = ("run_dir", "resume", "allow_recipe_change", "config", "ckpt_path", "weights_only")
@@ -97,6 +98,11 @@ class RunDirectory:
                 '{"id": "..."}, or remove the file to go on under a new id.'
             ) from None
 
+    def attempts(self) -> list[Path]:
+        """Folders of the starts so far, oldest first."""
+        found = (path for path in (self.path / ATTEMPTS).glob("*") if path.name.isdigit())
+        return sorted(found, key=lambda path: int(path.name))
+
     def status(self) -> dict[str, Any]:
         """The last status written; an empty dict where there is none that can be read."""
         try:
@@ -128,8 +134,12 @@ class RunDirectory:
                 + "\nUse another --run_dir, or go on with the new values by --allow_recipe_change."
             )
 
-    def open(self, recipe: Mapping[str, Any]) -> Attempt:
+    def open(self, recipe: Mapping[str, Any], step: int = 0) -> Attempt:
         """Write the recipe and begin the next attempt (on rank 0 only).
+
+        Args:
+            recipe: resolved.
+            step: that the attempt goes on from.
 
         Raises:
             ValueError: where another process is writing this run, or the recipe holds a key, token
@@ -153,7 +163,7 @@ class RunDirectory:
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
         text = yaml.safe_dump({"run_dir": str(self.path), **kept}, sort_keys=False)
         replace_text(self.config, text)
-        return Attempt(self)
+        return Attempt(self, step)
 
     def _lock(self) -> None:
         """Hold the run until this process ends.
@@ -203,14 +213,13 @@ class Attempt:
     Keys, tokens and passwords of the environment are hidden in what it writes.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        folder = run.path / "attempts"
-        numbers = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    def __init__(self, run: RunDirectory, step: int = 0) -> None:
+        numbers = [int(path.name) for path in run.attempts()]
         self.run = run
         self.number = max(numbers, default=0) + 1
-        self.path = folder / f"{self.number:04d}"
+        self.path = run.path / ATTEMPTS / f"{self.number:04d}"
         self.path.mkdir(parents=True)
-        self.step = 0
+        self.step = step
         self.unfinished = ""
         """Why it stopped before its end, where that is no error."""
         self._written = 0.0
@@ -225,6 +234,7 @@ class Attempt:
         about = {
             "command": hide_secrets(sys.argv),
             "started": _now(),
+            "step": self.step,
             "host": platform.node(),
             "pid": os.getpid(),
             "world_size": int(os.environ.get("WORLD_SIZE", 1)),

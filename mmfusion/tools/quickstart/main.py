@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfusion.data.whole_file import write_whole
-from mmfusion.paths import cache_dir
+from mmfusion.paths import cache_dir, shipped
 from mmfusion.tools.quickstart.assets import ASSETS, SOUNDFONT, fetch_all
 
 STAGE1, NO_MEDIA = "1_align_input", "1_no_media"
@@ -103,7 +102,7 @@ def quickstart(
 
 def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = False) -> None:
     """All steps, from fetching to the report."""
-    recipes = find_recipes()
+    recipes = shipped("recipes/quickstart")
     steps = Steps(run / "quickstart.json", count=6 + with_baselines + MEDIA_STEPS * any_to_any)
     hashes = {asset.name: asset.sha256 for asset in ASSETS}
     with steps.next("Fetch weights and data"):
@@ -242,23 +241,6 @@ def convert_weights(packages: dict[str, Path], hashes: dict[str, str]) -> None:
     from mmfusion.tools.quickstart.weights import prepare_weights
 
     prepare_weights(packages, hashes)
-
-
-def find_recipes() -> Path:
-    """The folder of the quickstart's recipes: of the source checkout, else as installed.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    checkout = Path(__file__).parents[3] / "recipes" / "quickstart"
-    installed = Path(sysconfig.get_path("data")) / "share" / "mmfusion" / "recipes" / "quickstart"
-    for folder in (checkout, installed):
-        if (folder / f"{STAGE1}.yaml").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"the quickstart's recipes are neither in {checkout} nor in {installed}; install mmfusion "
-        "from a source checkout: pip install -e '.[quickstart]'."
-    )
 
 
 def fit(recipes: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:

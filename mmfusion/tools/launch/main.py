@@ -1,0 +1,152 @@
+"""``mmfusion launch``: start a recipe here, under torchrun, on Slurm or on Kubernetes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from mmfusion.data.whole_file import write_whole
+from mmfusion.paths import expand
+from mmfusion.tools.launch import scripts
+from mmfusion.tools.launch.follow import follow_job
+from mmfusion.tools.launch.job import Job
+from mmfusion.tools.launch.site import read_site
+
+Target = Literal["local", "torchrun", "slurm", "k8s"]
+FOLDER = "launch"
+"""In the run directory: what was submitted, and its logs."""
+SUBMITTED = "job.json"
+_NODES = re.compile(r"(\d+)(?::(\d+))?")
+
+
+def launch(
+    recipe: str,
+    on: Target = "local",
+    run_dir: str | None = None,
+    nodes: str = "1",
+    gpus: NonNegativeInt = 0,
+    time: str = "24:00:00",
+    failures: PositiveInt = 3,
+    rendezvous: str | None = None,
+    site: str | None = None,
+    dry_run: bool = False,
+    follow: bool = True,
+    overrides: list[str] | None = None,
+) -> None:
+    """Launch a recipe, and follow it. It goes on by itself after failures and preemption.
+
+    Args:
+        recipe: YAML file. More of them by ``-c FILE``, later ones change earlier ones.
+        on: where: ``local`` in the background of this machine, ``torchrun`` (the same line on each
+            machine), ``slurm`` or ``k8s``.
+        run_dir: of the run (default: runs/<recipe's name>); all machines must see it.
+        nodes: machines. ``1:2`` goes on with one where the other is lost (torchrun).
+        gpus: of each machine, a process each; 0: one process without.
+        time: that a job of Slurm may take at once, ``HOURS:MINUTES:SECONDS``.
+        failures: starts in a row that come no step further, after which it is given up.
+        rendezvous: ``HOST:PORT`` of torchrun on several machines.
+        site: file of the site's settings (default: $MMFUSION_SITE, else
+            ~/.config/mmfusion/site.yaml); launch/site.yaml is an example.
+        dry_run: show what would be submitted, and do not.
+        follow: show how it goes until it ends; leaving (Ctrl-C) does not stop it.
+        overrides: recipe values, as ``--trainer.max_steps=100``.
+    """
+    others = [x.removeprefix("--config=") for x in overrides or () if x.startswith("--config=")]
+    job = Job(
+        recipes=[recipe, *others],
+        overrides=[x for x in overrides or () if not x.startswith("--config=")],
+        run_dir=expand(run_dir or Path("runs") / Path(recipe).stem),
+        nodes=parse_nodes(nodes, on),
+        gpus=gpus,
+        time=time,
+        failures=failures,
+        rendezvous=rendezvous,
+        site=read_site(site, os.environ),
+    )
+    for path in job.recipes:
+        if not Path(expand(path)).is_file():
+            raise FileNotFoundError(f"there is no recipe {path}.")
+    if on == "torchrun" and job.nodes[1] > 1 and not rendezvous:
+        raise ValueError(
+            "torchrun on several machines needs --rendezvous HOST:PORT, of one of them."
+        )
+    text = scripts.slurm(job) if on == "slurm" else scripts.torchrun(job)
+    if dry_run:
+        print(text, end="")
+        return
+    submit(job, on, text)
+    if follow:
+        follow_job(Path(job.run_dir))
+
+
+def parse_nodes(given: str, on: Target) -> tuple[int, int]:
+    """``2`` or ``1:2``.
+
+    Raises:
+        ValueError: for anything else, or a range that the target cannot do.
+    """
+    match = _NODES.fullmatch(given)
+    least = int(match[1]) if match else 0
+    most = int(match[2] or match[1]) if match else 0
+    if not 1 <= least <= most:
+        raise ValueError(f"--nodes is {given!r}; expected a number, or MIN:MAX for torchrun.")
+    if on == "local" and most > 1:
+        raise ValueError(f"--nodes is {given}, but local is this machine; use torchrun or slurm.")
+    if on in ("slurm", "k8s") and least != most:
+        raise ValueError(f"--nodes is {given}; {on} gives a job as many machines as it asks for.")
+    return least, most
+
+
+def submit(job: Job, on: Target, text: str) -> None:
+    """Write the script into the run directory, and start it."""
+    folder = Path(job.run_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / ("job.sbatch" if on == "slurm" else "job.sh")
+    with write_whole(str(script)) as file:
+        file.write(text.encode())
+    if on == "torchrun":  # each machine's agent is a job of its own
+        sys.stdout.flush()
+        os.execvp("bash", ["bash", str(script)])
+    if on == "slurm":
+        number = _said(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+        log = folder / f"slurm-{number}.log"
+    else:
+        log = folder / "log.txt"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                ["bash", str(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        number = str(process.pid)
+    content = {"on": on, "id": number, "log": str(log)}
+    with write_whole(str(folder / SUBMITTED)) as file:
+        file.write(json.dumps(content, indent=1).encode())
+    print(f"{job.run_dir}: submitted on {on} as {number}, log {log}", flush=True)
+
+
+def _said(command: Sequence[str]) -> str:
+    """What a program prints.
+
+    Raises:
+        ValueError: with what it says where it fails, or where it is not there.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no {command[0]} on this machine; launch from one that has it."
+        ) from None
+    if done.returncode:
+        raise ValueError(f"{command[0]} failed with code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout

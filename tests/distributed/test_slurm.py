@@ -1,0 +1,155 @@
+"""``mmfusion launch --on slurm`` on a real Slurm of two nodes: what happens to a job there, and
+that the run goes on by itself to the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfusion.training.run import RunDirectory
+from tests.distributed.slurm import Cluster, missing
+from tests.training import jobs
+from tests.training.tiny import losses, write_recipe
+
+ABSENT = missing()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(ABSENT or os.geteuid()) and not os.environ.get("CI"),
+        reason=f"a Slurm of its own needs root and {', '.join(ABSENT)}",
+    ),
+]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    assert not ABSENT, f"install {ABSENT}"
+    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_recipe(
+        folder, trainer__max_steps=STEPS, trainer__devices="auto", checkpoint__every_n_steps=4
+    )
+    site = {
+        "setup": [f"export PATH={Path(sys.executable).parent}:$PATH"],
+        "environment": {
+            "PYTHONPATH": jobs.ROOT,
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": 1,
+        },
+        "slurm": {"options": {"cpus-per-task": 1}},
+    }
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
+    return folder
+
+
+def launch(cluster: Cluster, home: Path, name: str, *more: str) -> Launched:
+    """A job of two nodes, each a rank."""
+    (recipe,) = home.glob("recipe*.yaml")
+    args = ["launch", str(recipe), "--on=slurm", "--nodes=2", f"--run_dir={home}/{name}"]
+    args += [f"--site={home}/site.yaml", "--follow=false", "--time=01:00:00", *more]
+    environment = {**os.environ, **cluster.environment, "PYTHONPATH": jobs.ROOT}
+    done = subprocess.run(
+        [sys.executable, "-m", "mmfusion", *args], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return Launched(cluster, home / name)
+
+
+class Launched:
+    """A job and its run."""
+
+    def __init__(self, cluster: Cluster, run: Path) -> None:
+        self.cluster, self.run = cluster, RunDirectory(run)
+        self.about = json.loads((run / "launch" / "job.json").read_text())
+        self.number = self.about["id"]
+
+    def until(self, what: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait for something."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.1)
+
+    def at_step(self, step: int) -> None:
+        """Wait until this one is done."""
+        csv = self.run.path / "metrics.csv"
+        self.until(lambda: csv.exists() and max(losses(self.run), default=-1) >= step)
+
+    def to_the_end(self) -> dict[int, str]:
+        """Its losses."""
+        self.until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+        assert self.state() == "COMPLETED", self.log()
+        assert self.run.status()["state"] == "finished"
+        return losses(self.run)
+
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    def log(self) -> str:
+        return Path(self.about["log"]).read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, home: Path) -> dict[int, str]:
+    found = launch(cluster, home, "whole").to_the_end()
+    assert sorted(found) == [*range(STEPS)]
+    return found
+
+
+def test_a_warning_saves_and_queues_the_job_again(cluster, home, whole):
+    job = launch(cluster, home, "warned")
+    job.at_step(5)
+    cluster.said("scancel", "--signal=USR1", job.number)
+    assert job.to_the_end() == whole
+    assert "code 75, queued again" in job.log()
+    assert int(cluster.job(job.number)["Restarts"]) == 1
+    assert len(job.run.attempts()) == 2
+
+
+def test_a_killed_rank_is_started_again(cluster, home, whole):
+    job = launch(cluster, home, "killed")
+    job.at_step(6)
+    attempt = json.loads((job.run.attempts()[0] / "attempt.json").read_text())
+    os.kill(attempt["pid"], 9)
+    assert job.to_the_end() == whole
+
+
+def test_a_lost_node_is_waited_for(cluster, home, whole):
+    job = launch(cluster, home, "lost")
+    job.at_step(6)
+    cluster.kill_node("n2")
+    job.until(lambda: job.state() != "RUNNING")
+    cluster.start_node("n2")
+    assert job.to_the_end() == whole
+
+
+def test_a_run_that_comes_no_further_is_given_up(cluster, home):
+    """Here before its directory is even made."""
+    job = launch(cluster, home, "hopeless", "--failures=2", "--data.sources.train.shards=/no/*.tar")
+    job.until(lambda: job.state() == "FAILED")
+    assert job.log().count("queued again") == 1
+    assert "failed 2 times without a new checkpoint; given up" in job.log()
+
+
+def test_a_recipe_that_is_none_is_not_tried_again(cluster, home):
+    job = launch(cluster, home, "typo", "--data.seed=oops")
+    job.until(lambda: job.state() == "FAILED")
+    assert job.log().count("Expected a <class 'int'>. Got value: oops") == 2  # by two ranks
