@@ -1,13 +1,28 @@
 #!/bin/bash
 # A recipe under torchrun, one process a GPU. On one machine:
 #     GPUS=8 launch/torchrun.sh RECIPE [--key=value ...]
-# On several the same line on each of them, at about the same time; any of them may keep the rendezvous:
+# On several the same line on each of them, at about the same time; any one of them keeps the rendezvous:
 #     NODES=2 GPUS=8 RENDEZVOUS=host1:29400 launch/torchrun.sh RECIPE
-# NODES=1:2 goes on with one machine where the other one is lost, and with both when it is back.
+# NODES=1:2 goes on with one machine where the other is lost, and with both when it is back. The code is 75 where the
+# run was preempted, saved, and is to be started again.
 . launch/env.sh
+NODES=${NODES:-${PET_NNODES:-1}} # PET_*: of Kubeflow
+GPUS=${GPUS:-${PET_NPROC_PER_NODE:-1}}
+RENDEZVOUS=${RENDEZVOUS:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}
 recipe=${1:?give a recipe}
 run=${RUN_DIR:-runs/$(basename "$recipe" .yaml)}
-exec torchrun --nnodes="${NODES:-1}" --nproc-per-node="${GPUS:-1}" --max-restarts="${MAX_FAILURES:-3}" \
-    --rdzv-backend=c10d --rdzv-endpoint="${RENDEZVOUS:-localhost:0}" --rdzv-id="${RDZV_ID:-$run}" \
+torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${MAX_FAILURES:-3}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RDZV_ID:-$run}" \
     --rdzv-conf=last_call_timeout=10 \
-    -m mmfusion fit -c "$@" --run_dir="$run" --resume auto
+    -m mmfusion fit -c "$@" --run_dir="$run" --resume auto &
+agent=$!
+# Past the agent, which would give its ranks 30 seconds to save.
+trap 'kill -TERM $(cat /proc/$agent/task/*/children)' TERM USR1
+wait $agent
+code=$?
+while kill -0 $agent 2> /dev/null; do # a signal ends the wait
+    wait $agent
+    code=$?
+done
+[ $code -eq 0 ] && grep -q '"state": "preempted"' "$run/status.json" && exit 75
+exit $code

@@ -18,12 +18,21 @@ from mmfusion.paths import expand
 from mmfusion.tools.launch import scripts
 from mmfusion.tools.launch.follow import follow_job
 from mmfusion.tools.launch.job import Job
+from mmfusion.tools.launch.kubernetes import kubernetes
 from mmfusion.tools.launch.site import read_site
 
 Target = Literal["local", "torchrun", "slurm", "k8s"]
 FOLDER = "launch"
 """In the run directory: what was submitted, and its logs."""
 SUBMITTED = "job.json"
+RENDER = {
+    "local": scripts.torchrun,
+    "torchrun": scripts.torchrun,
+    "slurm": scripts.slurm,
+    "k8s": kubernetes,
+}
+NAMES = {"slurm": "job.sbatch", "k8s": "job.yaml"}
+"""Of what is submitted; job.sh otherwise."""
 _NODES = re.compile(r"(\d+)(?::(\d+))?")
 
 
@@ -78,12 +87,12 @@ def launch(
         raise ValueError(
             "torchrun on several machines needs --rendezvous HOST:PORT, of one of them."
         )
-    text = scripts.slurm(job) if on == "slurm" else scripts.torchrun(job)
+    text = RENDER[on](job)
     if dry_run:
         print(text, end="")
         return
     submit(job, on, text)
-    if follow:
+    if follow and on != "k8s":
         follow_job(Path(job.run_dir))
 
 
@@ -109,12 +118,16 @@ def submit(job: Job, on: Target, text: str) -> None:
     """Write the script into the run directory, and start it."""
     folder = Path(job.run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    script = folder / ("job.sbatch" if on == "slurm" else "job.sh")
+    script = folder / NAMES.get(on, "job.sh")
     with write_whole(str(script)) as file:
         file.write(text.encode())
     if on == "torchrun":  # each machine's agent is a job of its own
         sys.stdout.flush()
         os.execvp("bash", ["bash", str(script)])
+    if on == "k8s":
+        print(_said(["kubectl", "apply", "-f", str(script)]), end="")
+        print(f"To see it: kubectl get -f {script}; its losses: mmfusion runs {job.run_dir}")
+        return
     if on == "slurm":
         number = _said(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
         log = folder / f"slurm-{number}.log"

@@ -1,0 +1,112 @@
+"""What a job becomes: the files of ``golden/``, which bash, Slurm and Kubernetes understand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+
+from mmfusion.tools.launch.job import Job
+from mmfusion.tools.launch.kubernetes import kubernetes, name_of
+from mmfusion.tools.launch.main import RENDER
+from mmfusion.tools.launch.scripts import slurm
+from mmfusion.tools.launch.site import Site, Slurm, read_site
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def job(kind: str = "TrainJob", **changes: Any) -> Job:
+    site = read_site(ROOT / "launch/site.yaml", {})
+    site.kubernetes.kind = kind
+    given: dict[str, Any] = {
+        "recipes": ["recipes/a b.yaml", "more.yaml"],
+        "overrides": ["--trainer.max_steps=100", "--data.seed=1; rm -rf $HOME"],
+        "run_dir": "/shared/runs/My_run",
+        "nodes": (2, 2),
+        "gpus": 8,
+        "rendezvous": "host1:29400",
+        "site": site,
+    }
+    return Job(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("on", "kind", "file"),
+    [
+        ("slurm", "", "job.sbatch"),
+        ("torchrun", "", "job.sh"),
+        ("k8s", "TrainJob", "trainjob.yaml"),
+        ("k8s", "Job", "job.yaml"),
+    ],
+)
+def test_a_job_is_the_same_file_as_ever(on: str, kind: str, file: str) -> None:
+    """After a change that is wanted: MMFUSION_WRITE_GOLDEN=1."""
+    text = RENDER[on](job(kind))
+    if os.environ.get("MMFUSION_WRITE_GOLDEN"):
+        (GOLDEN / file).write_text(text)
+    assert text == (GOLDEN / file).read_text()
+
+
+@pytest.mark.parametrize("on", ["slurm", "torchrun", "local"])
+def test_scripts_are_bash_and_quote_what_they_are_given(on: str, tmp_path: Path) -> None:
+    """Up to where the recipe is taken, with a program of our own in mmfusion's place."""
+    text = RENDER[on](job(site=Site(environment={"NOTE": "it's $HOME"})))
+    subprocess.run(["bash", "-n"], input=text.encode(), check=True)
+    head = text[: text.index("recipe=${1")] + 'printf "%s\\n" "$NOTE" "$RUN_DIR" "$@"\n'
+    done = subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "it's $HOME", "/shared/runs/My_run", "recipes/a b.yaml", "-c", "more.yaml",
+        "--trainer.max_steps=100", "--data.seed=1; rm -rf $HOME",
+    ]  # fmt: skip
+
+
+def test_options_of_a_site_replace_ours_and_null_takes_them_away() -> None:
+    site = Site(slurm=Slurm(options={"gpus-per-node": None, "gres": "gpu:8", "time": "01:00:00"}))
+    lines = slurm(job(site=site)).splitlines()
+    assert "#SBATCH --gres=gpu:8" in lines
+    assert "#SBATCH --time=01:00:00" in lines
+    assert not [line for line in lines if "gpus-per-node" in line]
+    assert [line for line in lines if line.startswith("#SBATCH")] == lines[1:][: len(lines) - 1][
+        : sum(line.startswith("#SBATCH") for line in lines)
+    ], "sbatch reads options up to the first command"
+
+
+def test_train_jobs_are_those_of_kubeflow() -> None:
+    """Its models drop what they do not know."""
+    for text in (kubernetes(job()), (ROOT / "launch/kubernetes-trainjob.yaml").read_text()):
+        (given,) = yaml.safe_load_all(text)
+        model = TrainerV1alpha1TrainJob.from_dict(given)
+        assert model is not None
+        assert model.to_dict() == given
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_jobs_are_those_of_kubernetes(gpus: int) -> None:
+    plain = (ROOT / "launch/kubernetes-job.yaml").read_text()
+    for text in (kubernetes(job("Job", gpus=gpus)), plain):
+        for one in yaml.safe_load_all(text):
+            kubernetes_validate.validate(one, "1.34", strict=True)
+
+
+def test_names_are_those_that_kubernetes_takes() -> None:
+    assert name_of(job()) == "my-run"
+    assert name_of(job(run_dir="runs/" + "x_" * 60)) == "x-" * 25
+    assert name_of(job(run_dir="runs/___")) == "mmfusion"
+
+
+def test_a_site_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("slurm: {partitions: gpu}")
+    with pytest.raises(ValueError, match="partitions"):
+        read_site(file, {})
+    with pytest.raises(FileNotFoundError, match=r"launch/site\.yaml is an example"):
+        read_site(None, {"MMFUSION_SITE": str(tmp_path / "none.yaml")})
+    file.write_text("environment: {OMP_NUM_THREADS: 1}")
+    assert read_site(None, {"MMFUSION_SITE": str(file)}).environment == {"OMP_NUM_THREADS": 1}
