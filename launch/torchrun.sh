@@ -16,13 +16,24 @@ torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${MAX_FAILUR
     --rdzv-conf=last_call_timeout=10 \
     -m mmfusion fit -c "$@" --run_dir="$run" --resume auto &
 agent=$!
+ranks() { # that live: what an agent has not waited for yet is still there as a zombie
+    for rank in $(cat /proc/$agent/task/*/children 2> /dev/null); do
+        grep -sqE '^State:\s+[^Z]' "/proc/$rank/status" && echo "$rank"
+    done
+}
 # Past the agent, which would give its ranks 30 seconds to save.
-trap 'kill -TERM $(cat /proc/$agent/task/*/children)' TERM USR1
+trap 'kill -TERM $(ranks)' TERM USR1
+alone=0 # seconds without a rank: an agent waits for ever where the network to the rendezvous is cut
+while kill -0 $agent 2> /dev/null; do
+    [ -n "$(ranks)" ] && alone=0 || alone=$((alone + 1))
+    if [ $alone -ge "${ALONE_SECONDS:-900}" ]; then
+        echo "the machines of this run have not met for $alone seconds ($RENDEZVOUS); given up." >&2
+        kill -KILL $agent
+    fi
+    sleep 1 &
+    wait $!
+done
 wait $agent
 code=$?
-while kill -0 $agent 2> /dev/null; do # a signal ends the wait
-    wait $agent
-    code=$?
-done
 [ $code -eq 0 ] && grep -q '"state": "preempted"' "$run/status.json" && exit 75
 exit $code

@@ -168,7 +168,7 @@ def _reader_is_gone() -> NoReturn:
 
 def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
     """``--with-baselines`` as ``--with_baselines=true``: the parser wants underscores, and a value
-    for every option. A recipe's key, ``--data.seed=1``, is one of the tool's ``overrides``.
+    for every option. What it does not know, ``--data.seed=1``, is one of the tool's ``overrides``.
     """
     options = inspect.signature(tool).parameters
     spelled = []
@@ -177,7 +177,8 @@ def _spelled_out(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
     for arg, after in pairwise([*args, ""]):
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if arg.startswith("--") and "." in name and equals and "overrides" in options:
+        own = name in options or name == "config"
+        if arg.startswith("--") and equals and "overrides" in options and not own:
             spelled.append(f"--overrides+={arg}")
         elif not arg.startswith("--") or name not in options:
             spelled.append(arg)

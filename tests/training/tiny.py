@@ -62,6 +62,13 @@ class Recorder(L.Callback):
             file.write(json.dumps(row) + "\n")
 
 
+class SlowSteps(L.Callback):
+    """Steps of a tenth of a second: there is time for something to happen."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.1)
+
+
 class UntilAskedToStop(L.Callback):
     """Holds the end of a step until a signal has come, so that a slow machine does not finish the
     run before; a run that goes on from there is not held.
