@@ -151,7 +151,9 @@ def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = F
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
     if any_to_any:
         run_media_steps(run, small, steps, recipes)
-    print_next(run / ANSWERING if any_to_any else run, report, recipes)
+    last = run / ANSWERING if any_to_any else run
+    reports = [report, *([last / "report.html"] if any_to_any else [])]
+    print_next(last, reports, recipes)
 
 
 def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None:
@@ -373,10 +375,10 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         )
 
 
-def print_next(run: Path, report: Path, recipes: Path) -> None:
+def print_next(run: Path, reports: Sequence[Path], recipes: Path) -> None:
     """How to go on."""
     print(
-        f"\nReport:          {report}"
+        f"\nReport:          {' and '.join(map(str, reports))}"
         f"\nTalk to it:      mmfusion chat {run}"
         f"\nIts parts:       mmfusion describe {run}"
         f"\nRun one stage:   mmfusion fit -c {recipes / (STAGE1 + '.yaml')} --run_dir runs/mine"
