@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,12 @@ TOOLS = {
     ),
 }
 TRACEBACK = "MMFUSION_TRACEBACK"
+_UNION = re.compile(
+    r"(?P<key>.*?)\s*Does not validate against any of the Union subtypes\n\s*Subtypes: .*?\n"
+    r"\s*Errors:\n(?P<errors>.*?)\n\s*Given value type: .*?(?:\n(?P<end>Did you mean [^\n]*))?",
+    re.DOTALL,
+)
+"""What jsonargparse says of a value of a key that may also be null."""
 ON_CPUS = {
     # Packs differ in length, and oneDNN keeps 1024 kernels: it would make them again and again.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
@@ -96,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         # From a loader process a message comes with that process's traceback before it.
         message = str(error).rpartition(f".{type(error).__name__}: ")[2]
-        _fail(name, message, getattr(error, "exit_code", 1))
+        _fail(name, _without_union(message), getattr(error, "exit_code", 1))
 
 
 def usage() -> str:
@@ -214,6 +221,18 @@ def _with_recipes(tool: Callable[..., Any], args: Sequence[str]) -> list[str]:
         found.remove(recipes[0])
         found.insert(0, recipes[0].removeprefix(another))
     return found
+
+
+def _without_union(message: str) -> str:
+    """What the parser says of a key that may be left out: what is wrong with the value, without
+    that it could have been null, and without the whole value.
+    """
+    found = _UNION.fullmatch(message)
+    if found is None:
+        return message
+    _, *reasons = re.split(r"\n\s*- ", "\n" + found["errors"])
+    told = [text for text in reasons if "Expected a <class 'NoneType'>" not in text] or reasons
+    return "\n".join(filter(None, [found["key"].strip(), *told, found["end"]]))
 
 
 def _fail(command: str, message: str, code: int) -> NoReturn:

@@ -31,7 +31,14 @@ from mmfusion.generate_options import (
 from mmfusion.messages import Conversation, conversation
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
-from mmfusion.models.generation import Run, find_runs, generate, make_media, split_speech
+from mmfusion.models.generation import (
+    MAX_MEDIA,
+    Run,
+    find_runs,
+    generate,
+    make_media,
+    split_speech,
+)
 from mmfusion.models.generators.base import Sampling, check_seed
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.rebuild import load_module
@@ -158,6 +165,7 @@ class Chat:
         plain: bool = False,
         stop: str | None = None,
         max_new_tokens: int = 256,
+        max_media: int = MAX_MEDIA,
         do_sample: bool = False,
         seed: int | None = None,
         sampling: Sampling | None = None,
@@ -177,6 +185,7 @@ class Chat:
             stop: a text at which the answer ends, e.g. the line break after a caption.
             max_new_tokens: longest answer; it ends earlier where the LLM has no more positions. The
                 rest of a run of signal tokens, which stands for media, does not count.
+            max_media: most media of an answer.
             do_sample: draw tokens instead of taking the likeliest.
             seed: of the draws; None uses torch's global generator.
             sampling: how media are drawn: steps, guidance scale, seed. Of several seeds each is of
@@ -205,7 +214,12 @@ class Chat:
         check_length(max_new_tokens, stop)
         if seed is not None:
             check_seed("seed", seed)
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise ValueError(
+                f"sampling is {sampling!r}; expected a Sampling(steps=..., guidance_scale=..., "
+                "seed=...) of mmfusion.models.generators.base."
+            )
         for modality in self.makes:
             self.model.generator(modality).check(sampling)
         batch = _is_batch(messages)
@@ -224,7 +238,12 @@ class Chat:
             )
         encoded = [self.processor.prompt(conversation(c), plain) for c in conversations]
         prompts = self.batch(encoded)
-        options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **given(options)}
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "max_media": max_media,
+            "do_sample": do_sample,
+            **given(options),
+        }
         criteria = StoppingCriteriaList(options.get("stopping_criteria", ()))
         if stop:
             criteria.append(StopAt(stop, self.processor.tokenizer))

@@ -132,6 +132,19 @@ def test_a_mistake_is_one_message(recipe, args, said, tmp_path, capsys):
     assert said in error
 
 
+def test_of_a_key_that_may_be_null_only_the_mistake_is_told(recipe, capsys):
+    """The parser's own words are of all kinds the value might have been, and of all of it."""
+    stable = "mmfusion.models.generators.stable_diffusion.StableDiffusion"
+    generator = {"class_path": stable, "init_args": {"path": "/nowhere"}}
+    for command in ("fit", "describe"):
+        args = (command, "-c", recipe, f"--model.generators={json.dumps({'image': generator})}")
+        _, error = fails(capsys, *args)
+        assert "no folder /nowhere (from path: /nowhere); give a folder or a hub id" in error
+        assert "Union" not in error
+        assert "NoneType" not in error
+        assert len(error.splitlines()) <= 3
+
+
 def test_missing_shards_are_told_before_a_run_is_made(recipe, tmp_path, capsys):
     for key in ("sources", "val_sources"):
         source = {"none": {"shards": "nowhere/*.tar", "converter": CONVERTER}}

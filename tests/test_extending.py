@@ -22,7 +22,7 @@ from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.models.generators.noise import generators_of
 from mmfusion.models.generators.pictures import as_png
 from mmfusion.training.rebuild import load_module
-from mmfusion.types import Conditioning
+from mmfusion.types import Conditioning, ConditioningSpec
 from tests.make_debug import make_debug
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,20 @@ def test_a_generator_from_outside_trains_and_draws(folder):
     red, blue = (np.asarray(Image.open(io.BytesIO(media.data)))[0, 0] for media in drawn)
     assert red[0] > red[2]
     assert blue[2] > blue[0]
+
+
+def test_an_output_projector_and_a_judge_from_outside_work(folder):
+    parts = importlib.import_module("my_parts")
+    spec = ConditioningSpec(tokens=3, dim=4)
+    states = torch.randn(2, 5, 6)
+    found = parts.Mean(6, spec, layers=[-1])({-1: states}, states)
+    assert found.tokens.shape == (2, 3, 4)
+    assert torch.equal(found.tokens[:, 0], found.tokens[:, 2])
+    judge = parts.Brightness()
+    assert judge.compute() == {}
+    white, black = (as_png(Image.new("RGB", (9, 12), colour)) for colour in ("white", "black"))
+    judge.update([white, black], [white, white])
+    assert judge.compute() == {"bright_made": 0.5, "bright_true": 1.0}
 
 
 def test_a_record_that_is_no_riddle_is_named(folder):

@@ -14,6 +14,8 @@ from torchmetrics import Metric
 
 CONDITIONS = ("ours", "caption", "empty")
 """What the denoiser is given: our conditioning, the caption's encoding, that of ""."""
+LEAST = 1e-3
+"""Of the loss without a caption, what knowing it must take off for a share of that to mean much."""
 
 
 class CaptionMatch(Metric):
@@ -76,11 +78,12 @@ class DenoisingLosses(Metric):
 
     def compute(self) -> dict[str, float]:
         """The three means, and the ``gain``: the share that ours reaches of what the caption's
-        encoding gains over "". No gain where that is nothing.
+        encoding gains over "". No gain where that is next to nothing.
         """
         if not int(self.count):
             return {}
         means = (self.sums / self.count).tolist()
         ours, caption, empty = means
         figures = dict(zip(CONDITIONS, means, strict=True))
-        return figures | ({"gain": (empty - ours) / (empty - caption)} if empty > caption else {})
+        known = empty - caption
+        return figures | ({"gain": (empty - ours) / known} if known > LEAST * empty else {})

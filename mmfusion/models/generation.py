@@ -29,14 +29,20 @@ from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.processing.processor import Processor
 from mmfusion.types import Batch, Conditioning, Media, Message, Sample, Text
 
+MAX_MEDIA = 8
+"""Of an answer: a model that repeats itself would else draw until its tokens are used up."""
+
 
 @torch.no_grad()
-def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
+def generate(
+    model: AnyToAnyModel, prompts: Batch, max_media: int = MAX_MEDIA, **options: Any
+) -> Tensor:
     """Continue every prompt of a packed batch.
 
     Args:
         model: built; in eval mode.
         prompts: one row of B prompts, ``cu_seqlens`` set.
+        max_media: runs of signal tokens in a row, after which none begins.
         options: of ``transformers.GenerationMixin.generate`` (``max_new_tokens``, ``do_sample``,
             ``temperature``, ``streamer``, ...). ``max_new_tokens`` ends where learned positions do.
             A run of signal tokens that began within it is completed beyond it.
@@ -58,7 +64,9 @@ def generate(model: AnyToAnyModel, prompts: Batch, **options: Any) -> Tensor:
     if signals := list(model.processor().signal_ids.values()):
         # After the caller's own, which might let a signal token stand alone.
         given = options.get("logits_processor") or []
-        options["logits_processor"] = LogitsProcessorList([*given, WholeRuns(signals, room)])
+        options["logits_processor"] = LogitsProcessorList(
+            [*given, WholeRuns(signals, room, max_media)]
+        )
         if (asked := options.get("max_new_tokens") or 0) > 0:
             rest = max(map(len, signals)) - 1
             options["max_new_tokens"] = asked + rest if room is None else min(asked + rest, room)
@@ -82,13 +90,17 @@ class WholeRuns(LogitsProcessor):
         signals: ids of the signal tokens of each modality.
         room: longest answer that the LLM has positions for: a run that would not fit does not
             begin. None: there is no longest.
+        most: runs in a row of ids.
     """
 
-    def __init__(self, signals: Sequence[Sequence[int]], room: int | None = None) -> None:
+    def __init__(
+        self, signals: Sequence[Sequence[int]], room: int | None = None, most: int = MAX_MEDIA
+    ) -> None:
         self._after = {a: b for run in signals for a, b in pairwise(run)}
         self._later = [index for run in signals for index in run[1:]]
         self._lengths = {run[0]: len(run) for run in signals}
         self._room = math.inf if room is None else room
+        self._firsts, self._most = torch.tensor([run[0] for run in signals]), most
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
@@ -96,7 +108,10 @@ class WholeRuns(LogitsProcessor):
         left = self._room - input_ids.shape[1]
         scores[:, self._later] = -torch.inf
         scores[:, [i for i, length in self._lengths.items() if length > left]] = -torch.inf
+        begun = torch.isin(input_ids, self._firsts.to(input_ids.device)).sum(1)
         for row, index in enumerate(forced):
+            if begun[row] >= self._most:
+                scores[row, self._firsts] = -torch.inf
             if index is not None:
                 scores[row] = -torch.inf
                 scores[row, index] = 0.0

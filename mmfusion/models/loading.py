@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,6 +52,17 @@ def checked_path(path: str, needed_file: str) -> str:
             + hint
         )
     return text
+
+
+@contextmanager
+def fetching(path: str) -> Iterator[None]:
+    """Names the hub id that cannot be had; what the hub's library says then is of hosts alone."""
+    try:
+        yield
+    except OSError as error:
+        if path in str(error) or Path(path).exists():
+            raise
+        raise OSError(f"{path} cannot be had: {error}") from error
 
 
 class reading:  # noqa: N801 (reads as a statement: `with reading(path)`)

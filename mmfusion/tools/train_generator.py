@@ -74,12 +74,12 @@ def _train(made: SmallGenerator, target: Path, overwrite: bool) -> None:
         if not (target / STATE).is_file():
             raise ValueError(
                 f"{target} is there and holds no {STATE}: no generator was trained there, so it is "
-                "not replaced; choose another --out."
+                "not replaced; choose another folder."
             )
         if not overwrite:
             raise ValueError(
-                f"{target} is there, and not made by this recipe; choose another --out, or replace "
-                "it with --overwrite."
+                f"{target} is there, and not made by this recipe; choose another folder, or "
+                "replace it with --overwrite."
             )
     aside = target.with_name(f".{target.name}.partial")
     made.train(aside)
@@ -91,7 +91,7 @@ def _train(made: SmallGenerator, target: Path, overwrite: bool) -> None:
 
 def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> SmallGenerator:
     """The recipe of a small generator."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(SmallGenerator)
     parser.add_argument("--config", action="config")
     try:
@@ -221,7 +221,12 @@ class Parts:
 
     def train(self, fit: GeneratorFit, items: Mapping[str, Tensor]) -> None:
         """Run a fit on items, and keep what it trained, in half precision."""
-        run_fit(fit, items, self.folder / "losses", self.seed)
+        names = " and ".join(fit.trained)
+        try:
+            run_fit(fit, items, self.folder / "losses", self.seed)
+        except KeyboardInterrupt:
+            print(f"\nThe same line again begins {names} anew; done before: {self.done or None}.")
+            raise
         fit.finish(items)
         for name, module in fit.trained.items():
             kept = copy.deepcopy(module).half()

@@ -141,6 +141,8 @@ def test_they_are_counted_by_reason(run: RunDirectory, assets: Path) -> None:
         assert last[f"data/bad/{reason}"] == count
     assert last["data/mixed/bad"] == len(bad)
     assert last["data/mixed/samples"] == len(good_samples(assets))
+    said = (run.path / "attempts/0001/log.txt").read_text()
+    assert f"{len(bad)} samples were left out ({{'mixed': {{" in said
 
 
 def test_every_good_sample_was_trained_once(

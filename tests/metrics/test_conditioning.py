@@ -102,5 +102,5 @@ def test_the_gain_is_the_share_of_what_the_caption_gains() -> None:
         "gain": pytest.approx(0.4 / 0.6),
     }
     deaf = DenoisingLosses()
-    deaf.update(torch.tensor([[0.5], [0.6], [0.6]]))
-    assert "gain" not in deaf.compute()  # a generator that does not listen to its own captions
+    deaf.update(torch.tensor([[0.5], [0.6], [0.6005]]))
+    assert "gain" not in deaf.compute()  # a generator that hardly listens to its own captions

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from transformers import WhisperForConditionalGeneration
 from mmfusion.models.encoders.efficientnet import EfficientNetLite
 from mmfusion.models.encoders.hf_vision import HFVision
 from mmfusion.models.encoders.whisper import WhisperEncoder
+from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.models.loading import checked_path, damaged_files, reading
 from tests.models.encoders.test_whisper import config as whisper_config
@@ -147,3 +151,13 @@ def test_weights_of_another_kind_are_named_with_their_folder(tmp_path: Path) -> 
         file.unlink()
     with pytest.raises(FileNotFoundError, match="llm has no tokenizer"):
         HFCausalLM(str(folder)).tokenizer()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [WhisperEncoder, StableDiffusion])
+def test_what_cannot_be_had_from_a_hub_is_told_by_its_name(part: type) -> None:
+    """In a process of its own: whether there is a hub is read when its library is imported."""
+    code = f"from {part.__module__} import {part.__name__} as Part\nPart('some/part')"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "OSError: some/part cannot be had: " in done.stderr

@@ -22,7 +22,7 @@ from PIL import Image
 import mmfusion
 from mmfusion.cli import main
 from mmfusion.inference import Chat
-from mmfusion.models.generation import Run, WholeRuns, conditioning_of, find_runs
+from mmfusion.models.generation import MAX_MEDIA, Run, WholeRuns, conditioning_of, find_runs
 from mmfusion.models.generators.base import PARTS, Sampling
 from mmfusion.tools.chat import Session
 from mmfusion.tools.describe import description
@@ -399,6 +399,24 @@ def test_a_run_for_which_the_llm_has_no_positions_does_not_begin() -> None:
         for n in range(4)
     ]
     assert barred == [[False, False], [False, False], [True, False], [True, True]]
+
+
+def test_no_more_media_begin_than_an_answer_may_have() -> None:
+    force = WholeRuns([[10, 11, 12], [20, 21]], most=2)
+    rows = torch.tensor(
+        [[5, 10, 11, 12, 6, 20, 21], [5, 5, 5, 5, 10, 11, 12], [5, 5, 5, 5, 5, 20, 21]]
+    )
+    found = force(rows, torch.zeros(3, 30))
+    assert torch.isinf(found[:, [10, 20]]).all(1).tolist() == [True, False, False]
+    within = force(torch.tensor([[20, 21, 10, 11]]), torch.zeros(1, 30))
+    assert within.argmax() == 12
+
+
+def test_an_answer_has_no_more_media_than_it_may(chat: Chat) -> None:
+    first = chat.processor.signal_ids["image"][0]
+    always = {"max_new_tokens": 30, "sampling": SAMPLING, "sequence_bias": {(first,): 1e4}}
+    assert len(chat.generate(ask("w1"), max_media=2, **always).media) == 2
+    assert len(chat.generate(ask("w1"), **always).media) == MAX_MEDIA
 
 
 def test_steps_that_the_sampler_cannot_take_are_refused_before_anything_is_said(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from mmfusion.models.loading import fetching
 from mmfusion.processing.base import MediaProcessor
 from mmfusion.types import MediaTensors
 
@@ -19,7 +20,8 @@ def read_config(path: str, revision: str | None = None) -> Any:
         ValueError: for a model that only code of its own can make: such code is never run.
     """
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        with fetching(path):
+            return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except ValueError as error:
         settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         if "auto_map" not in settings:

@@ -27,7 +27,13 @@ from transformers import AutoTokenizer
 from mmfusion.models.generators.base import TEXT_ENCODER, Generator, Sampling
 from mmfusion.models.generators.noise import NoiseSchedule, noise_schedule
 from mmfusion.models.generators.sampler_steps import check_steps
-from mmfusion.models.loading import checked_path, reading, refuse_missing, refuse_not_finite
+from mmfusion.models.loading import (
+    checked_path,
+    fetching,
+    reading,
+    refuse_missing,
+    refuse_not_finite,
+)
 from mmfusion.types import Conditioning, Media
 
 INDEX = "model_index.json"
@@ -322,7 +328,8 @@ def pipeline_config(path: str, part: str, file: str, revision: str | None = None
     else:
         from huggingface_hub import hf_hub_download
 
-        found = Path(hf_hub_download(path, file, subfolder=part or None, revision=revision))
+        with fetching(path):
+            found = Path(hf_hub_download(path, file, subfolder=part or None, revision=revision))
     with reading(found.parent):
         content = json.loads(found.read_bytes())
     if not isinstance(content, dict):

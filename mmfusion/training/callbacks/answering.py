@@ -236,7 +236,8 @@ class Answering:
             if asked.shown:
                 given, said = tuple(sample.media), (question.text, reply.text, question.truth)
                 aloud = SPEECH in reply.emitted, question.spoken
-                row = Answered(ref.source, given, *said, reply.made, wanted, *aloud)
+                undrawn = tuple(sorted(reply.emitted - {SPEECH, *(m.modality for m in reply.made)}))
+                row = Answered(ref.source, given, *said, reply.made, wanted, *aloud, undrawn)
                 self._rows.append((number, ref.index, row))
         for modality, found in pairs.items():
             if found:

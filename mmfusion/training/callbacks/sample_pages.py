@@ -77,6 +77,7 @@ def _write(folder: Path, number: int, row: Answered) -> dict[str, Any]:
         "truth": row.truth,
         "spoken": row.spoken,
         "truth_spoken": row.truth_spoken,
+        "undrawn": list(row.undrawn),
         **{
             kind: [_keep(folder, f"{number:04d}-{kind}-{i}", item) for i, item in enumerate(items)]
             for kind, items in kinds.items()

@@ -160,6 +160,9 @@ class StreamStateCallback(L.Callback):
                 f"nothing was trained: all {bad} samples are unusable. They are listed in "
                 f"{self._path}."
             )
+        if bad:
+            told = {source: dict(c.bad) for source, c in self._stream.counts.items() if c.bad}
+            logger.warning("%d samples were left out (%s); see %s", bad, told, self._path)
 
     @property
     def _stream(self) -> StreamState:

@@ -37,6 +37,7 @@ class Answered:
         prompt, answer, truth: in words.
         made: media of the answer, where they were made.
         wanted: media of the true answer.
+        undrawn: modalities of media that the answer has and that were not made.
         spoken, truth_spoken: whether words of the answer, and of the true one, are said aloud.
     """
 
@@ -49,6 +50,7 @@ class Answered:
     wanted: tuple[Media, ...] = ()
     spoken: bool = False
     truth_spoken: bool = False
+    undrawn: tuple[str, ...] = ()
 
 
 def log_table(

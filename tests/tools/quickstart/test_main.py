@@ -285,3 +285,6 @@ def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     assert made.count("<b>Truth</b>") > 10
     for name in ("picture", "sound", "clip"):
         assert f"{name}s asked for in new words" in made
+    assert "put in words that no request of training has" in made
+    assert 'href="../report.html"' in made
+    assert "15 to 40 minutes in all" in done.stdout

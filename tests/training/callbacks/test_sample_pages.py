@@ -48,6 +48,13 @@ def test_a_page_tells_what_is_said_aloud(tmp_path: Path) -> None:
     assert (json.loads(line)["spoken"], json.loads(line)["truth_spoken"]) == (True, False)
 
 
+def test_a_page_tells_what_was_not_drawn(tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page", [replace(ROW, undrawn=("audio",))]).read_text()
+    assert page.count("(audio, not drawn: validation.media_samples)") == 1
+    (line,) = (tmp_path / "page" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["undrawn"] == ["audio"]
+
+
 def test_what_is_too_large_is_named_but_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sample_pages, "MAX_BYTES", 2)
     page = write_page(tmp_path / "page", [ROW]).read_text()
