@@ -36,6 +36,7 @@ from mmfusion.training.callbacks.start_timer import StartTimer
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.callbacks.watchdog import Watchdog
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.loggers import default_loggers
 from mmfusion.training.messages import show_messages
@@ -210,7 +211,8 @@ class RecipeCommand(LightningCLI):
         found: list[L.Callback] = [Audit()]
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            found = [StreamStateCallback(), *found, Monitor(), progress, config.checkpoint]
+            watch = [Monitor(), Watchdog(), progress]
+            found = [StreamStateCallback(), *found, *watch, config.checkpoint]
         if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
         return found

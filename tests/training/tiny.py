@@ -62,6 +62,17 @@ class Recorder(L.Callback):
             file.write(json.dumps(row) + "\n")
 
 
+class Hang(L.Callback):
+    """A rank stands still in a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            time.sleep(1000)
+
+
 class SlowSteps(L.Callback):
     """Steps of a tenth of a second: there is time for something to happen."""
 
