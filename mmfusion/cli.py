@@ -48,6 +48,10 @@ TOOLS = {
         "mmfusion.tools.launch.main:launch",
         "start a recipe here, under torchrun, on Slurm or on Kubernetes",
     ),
+    "checkpoints": (
+        "mmfusion.tools.checkpoints:checkpoints",
+        "the checkpoints of a run: list, verify, prune",
+    ),
     "runs": ("mmfusion.tools.runs:runs", "the runs of a folder and how they stand"),
     "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
     "train-generator": (

@@ -8,7 +8,8 @@ plain tensors, numbers and strings: loading one from a stranger runs no code.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,23 @@ REQUIRED_KEYS = (
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Single-file checkpoints, written whole or not at all, read without unpickling objects."""
+    """Single-file checkpoints, written whole or not at all, read without unpickling objects.
+
+    Attributes:
+        behind: training goes on while a checkpoint is written; only its copy in the host's memory
+            is waited for.
+        done: called when a checkpoint has its name, in the thread that wrote it.
+        failed: what kept the last one from being written. Where ``raises`` is not set, it is only
+            found here: one rank writes, and the others would wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.behind = False
+        self.done: Callable[[Path], None] = lambda path: None
+        self.raises = True
+        self.failed: OSError | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -44,10 +61,23 @@ class AtomicCheckpointIO(CheckpointIO):
 
         Raises:
             ValueError: where it holds a value that could not be read back without running code.
-            OSError: naming the file, where it cannot be written (a full disk).
+            OSError: naming the file, where it cannot be written (a full disk); with ``behind`` of
+                the checkpoint before.
         """
         _check_plain(checkpoint, "")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.wait()
+            if self.behind:
+                self._writing = self._thread.submit(self._write, _copy(checkpoint), Path(path))
+            else:
+                self._write(checkpoint, Path(path))
+        except OSError as error:
+            self.failed = error
+            if self.raises:
+                raise
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(str(path)) as file:
             try:
                 torch.save(checkpoint, file)
@@ -55,6 +85,26 @@ class AtomicCheckpointIO(CheckpointIO):
                 if isinstance(error.__context__, OSError):  # the archive could not be closed either
                     raise error.__context__ from None
                 raise
+        self.done(path)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Until what is being written is there.
+
+        Raises:
+            OSError: where it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def teardown(self) -> None:
+        """End with what is being written."""
+        self.wait()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -70,6 +120,17 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint file, refusing anything but plain data."""
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def _copy(value: Any) -> Any:
+    """In the host's memory, apart from what training goes on with."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):  # an OrderedDict and a defaultdict are read as one as well
+        return {name: _copy(item) for name, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_copy(item) for item in value)
+    return value
 
 
 def _check_plain(value: Any, key: str) -> None:

@@ -47,7 +47,7 @@ from mmfusion.training.recipe_parser import (
     ignored_key,
     refuse_functions,
 )
-from mmfusion.training.resume import complete_checkpoint, find
+from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies.zero import ZeRO
@@ -231,7 +231,7 @@ class RecipeCommand(LightningCLI):
         leads = rank() == 0
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
-        start = agree(self.trainer, RESUME_FROM, lambda: find(run.path, self.config.resume))
+        start = agree(self.trainer, RESUME_FROM, lambda: self._find(run))
         step = 0
         if start:
             checkpoint = read_checkpoint(start, "meta")
@@ -262,6 +262,18 @@ class RecipeCommand(LightningCLI):
                     attempt.unfinished = timer
             else:
                 log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
+
+    def _find(self, run: RunDirectory) -> Path | None:
+        """The checkpoint to go on from; of the remote copies, where the run directory has none."""
+        remote = self._checkpointing().remote
+        wanted = self.config.resume in ("auto", "must") and not by_step(run.checkpoints)
+        if remote and wanted and (path := remote.fetch_newest(run.checkpoints)):
+            log.info(f"{path} was fetched from {remote.url}")
+        return find(run.path, self.config.resume)
+
+    def _checkpointing(self) -> RunCheckpoint:
+        callbacks = cast(Any, self.trainer).callbacks
+        return next(c for c in callbacks if isinstance(c, RunCheckpoint))
 
     def _out_of_time(self) -> str:
         """Why the run stopped, where that was the clock."""

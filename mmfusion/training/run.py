@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,6 +165,15 @@ class RunDirectory:
         text = yaml.safe_dump({"run_dir": str(self.path), **kept}, sort_keys=False)
         replace_text(self.config, text)
         return Attempt(self, step)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Refuse where another process is writing the run, and let none begin meanwhile."""
+        self._lock()
+        try:
+            yield
+        finally:
+            self._locked.close()
 
     def _lock(self) -> None:
         """Hold the run until this process ends.

@@ -15,8 +15,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from mmfusion.stopping import STOPPING, RunInterrupted
-from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
+from mmfusion.training.checkpoint import (
+    FOLDER,
+    LATEST,
+    UNFINISHED,
+    AtomicCheckpointIO,
+    replace_text,
+)
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.remote import RemoteCopy
 from mmfusion.training.resume import by_step
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,12 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between two checkpoints.
         keep_last: how many of the newest stay; at least 2.
         keep_every_n_steps: checkpoints at multiples of this stay for good (None: none do).
+        behind: write while training goes on. A step then waits for a copy in the host's memory
+            alone, which takes as much of that as the checkpoint takes on disk; where one is still
+            being written when the next is due, that one is left out. The last one is waited for.
+        remote: a folder that each checkpoint is copied to as well, as fsspec names it
+            (``s3://bucket/runs/mine``, ``/other/disk``); where the run directory has none, the run
+            goes on from there. A copy that fails is told, and does not stop the run.
     """
 
     def __init__(
@@ -49,6 +62,8 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: int = 200,
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
+        behind: bool = False,
+        remote: str | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; expected 1 or more.")
@@ -64,6 +79,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
+        self.behind = behind
+        self.remote = RemoteCopy(remote) if remote else None
         self.folder = Path(FOLDER)
         self._saved_step = -1
         self._signal = 0
@@ -96,8 +113,9 @@ class RunCheckpoint(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = bool(cast(MultimodalModule, pl_module).agreed["stop"])
-        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self.save(trainer)
+        final = stop or step == trainer.max_steps
+        if final or step % self.every_n_steps == 0:
+            self.save(trainer, final)
         if stop:
             self._stopping = RunInterrupted(self._signal or signal.SIGTERM, step)
 
@@ -127,20 +145,42 @@ class RunCheckpoint(Checkpoint):
         """Give the signals back."""
         self._release()
 
-    def save(self, trainer: L.Trainer) -> None:
+    def save(self, trainer: L.Trainer, final: bool = True) -> None:
         """Write this step's checkpoint, move ``latest``, then remove what is too old. Every rank
         calls it.
+
+        Args:
+            trainer: of the run.
+            final: the run ends: wait until it is there.
         """
         step = trainer.global_step
         if step == self._saved_step:
             return
-        path = self.folder / f"step-{step:08d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        files = self._files(trainer)
+        if not final and bool(trainer.strategy.broadcast(files.busy)):
+            log.warning("step %d is not saved: the checkpoint before is still written", step)
+            return
+        files.behind, files.done, files.raises = self.behind, self._published, False
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt", weights_only=False)
+        if final and files.failed is None:
+            try:
+                files.wait()
+            except OSError as error:
+                files.failed = error
+        if told := str(trainer.strategy.broadcast(str(files.failed or ""))):
+            raise files.failed or OSError(told)
         self._saved_step = step
-        if trainer.is_global_zero:
-            replace_text(self.folder / LATEST, path.name + "\n")
-            self._remove_old()
         trainer.strategy.barrier("RunCheckpoint.save")
+
+    def _files(self, trainer: L.Trainer) -> AtomicCheckpointIO:
+        return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
+
+    def _published(self, path: Path) -> None:
+        """On the rank that wrote it."""
+        replace_text(self.folder / LATEST, path.name + "\n")
+        self._remove_old()
+        if self.remote is not None:
+            self.remote.take(by_step(self.folder))
 
     def _remove_old(self) -> None:
         for torn in self.folder.glob(UNFINISHED):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import lightning as L
 
@@ -120,7 +120,9 @@ class Watchdog(L.Callback):
         self._at, self._since, self._told = what, time.monotonic(), False
         if self.end_seconds < float("inf"):
             # In case Python itself stands still: this one needs no interpreter.
-            faulthandler.dump_traceback_later(self._ends_after() + 30, exit=True)
+            # (To the process's own stderr: another may stand for it that is no file.)
+            seconds = self._ends_after() + 30
+            faulthandler.dump_traceback_later(seconds, exit=True, file=cast(Any, sys.__stderr__))
 
     def _end(self) -> None:
         self._stop.set()
@@ -153,11 +155,11 @@ class Watchdog(L.Callback):
         fate = "; the process ends" if over else ""
         text = f"rank {self._rank}: {self._at} takes {waited:.0f} s so far{usual}{fate}."
         file = self._folder / f"stuck-{self._rank}.txt"
-        with file.open("a", encoding="utf-8") as kept:
-            for out in (kept, sys.stderr):
-                self._write(out, text)
-        sys.stderr.write(f"(also in {file})\n")
-        sys.stderr.flush()
+        with file.open("a+", encoding="utf-8") as kept:
+            begin = kept.seek(0, os.SEEK_END)
+            self._write(kept, text)
+            kept.seek(begin)
+            print(f"{kept.read()}(also in {file})", file=sys.stderr, flush=True)
 
     def _write(self, out: TextIO, text: str) -> None:
         named = self._batch.samples if self._batch is not None else []

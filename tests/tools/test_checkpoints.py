@@ -1,0 +1,60 @@
+"""``mmfusion checkpoints``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmfusion.cli import main
+from mmfusion.training.resume import by_step, find
+from mmfusion.training.run import RunDirectory
+from tests.training.tiny import fit, write_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    recipe = write_recipe(
+        tmp_path, trainer__max_steps=8, checkpoint={"every_n_steps": 2, "keep_last": 4}
+    )
+    return fit(recipe)
+
+
+def names(run: RunDirectory) -> list[str]:
+    return [path.name for path in by_step(run.checkpoints)]
+
+
+def test_they_are_listed_and_verified(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    torn = by_step(run.checkpoints)[2]
+    torn.write_bytes(torn.read_bytes()[:-50])
+    capsys.readouterr()
+    main(["checkpoints", str(run.path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("step-0000000" in line for line in lines) == 4
+    assert [line for line in lines if "latest" in line] == [
+        line for line in lines if "step-00000008" in line
+    ]
+    main(["checkpoints", str(run.path), "--verify"])
+    said = {word: line for line in capsys.readouterr().out.splitlines() for word in line.split()}
+    assert "whole" in said["step-00000008.ckpt"]
+    assert "cannot be read" in said["step-00000006.ckpt"]
+
+
+def test_only_whole_ones_are_kept(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    torn = by_step(run.checkpoints)[-1]
+    torn.write_bytes(torn.read_bytes()[:-50])
+    main(["checkpoints", str(run.path), "--keep=2"])
+    assert names(run) == ["step-00000004.ckpt", "step-00000006.ckpt"]
+    assert (run.checkpoints / "latest").read_text() == "step-00000006.ckpt\n"
+    main(["checkpoints", str(run.path), "--keep=0"])
+    assert names(run) == ["step-00000006.ckpt"]
+    assert find(run.path) == run.checkpoints / "step-00000006.ckpt"
+
+
+def test_a_run_without_one_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["checkpoints", str(tmp_path)])
+    assert "has no checkpoint" in capsys.readouterr().err

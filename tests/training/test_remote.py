@@ -1,0 +1,134 @@
+"""Checkpoints behind training, and copied to another place."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmfusion.training import checkpoint
+from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from mmfusion.training.remote import RemoteCopy
+from mmfusion.training.resume import by_step
+from mmfusion.training.run import RunDirectory
+from tests.training.tiny import fit, losses, refused, write_recipe
+
+STEPS = 12
+
+
+def recipe(folder: Path, **saving: Any) -> Path:
+    recorder = {"class_path": "tests.training.tiny.Recorder"}
+    recorder["init_args"] = {"folder": str(folder / "packs")}  # type: ignore[assignment]
+    return write_recipe(
+        folder,
+        trainer__max_steps=STEPS,
+        trainer__callbacks=[recorder],
+        checkpoint={"every_n_steps": 2, **saving},
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in by_step(folder)]
+
+
+def test_what_is_written_behind_is_what_was_trained_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.zeros(3)
+    held, save = threading.Event(), torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *a: (held.wait(30), save(*a)))
+    files = AtomicCheckpointIO()
+    files.behind = True
+    files.save_checkpoint({"weights": weights}, tmp_path / "step-00000001.ckpt")
+    assert files.busy
+    weights += 1
+    assert not list(tmp_path.iterdir()) or names(tmp_path) == []
+    held.set()
+    files.wait()
+    assert read_checkpoint(tmp_path / "step-00000001.ckpt")["weights"].tolist() == [0.0] * 3
+    assert not files.busy
+
+
+def test_a_run_that_saves_behind_ends_with_the_same_checkpoint(tmp_path: Path) -> None:
+    before, behind = (tmp_path / name for name in ("before", "behind"))
+    for folder in (before, behind):
+        folder.mkdir()
+    plain = fit(recipe(before))
+    other = fit(recipe(behind, behind=True))
+    one, two = (read_checkpoint(by_step(run.checkpoints)[-1]) for run in (plain, other))
+    assert one["global_step"] == two["global_step"] == STEPS
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=0)
+    assert losses(other) == losses(plain)
+
+
+def test_one_that_is_due_while_the_last_is_written_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, count = torch.save, iter(range(100))
+    held = threading.Event()
+
+    def slow(*args: Any) -> None:
+        if next(count) == 0:
+            assert held.wait(60)
+        save(*args)
+
+    class Release(threading.Thread):
+        def run(self) -> None:
+            csv = tmp_path / "run" / "metrics.csv"
+            while not csv.exists() or max(losses(RunDirectory(csv.parent)), default=0) < 6:
+                time.sleep(0.01)
+            held.set()
+
+    path = recipe(tmp_path, behind=True, keep_last=10)
+    monkeypatch.setattr(checkpoint.torch, "save", slow)
+    release = Release()
+    release.start()
+    run = fit(path)
+    release.join()
+    assert names(run.checkpoints)[0] == "step-00000002.ckpt"
+    assert "step-00000004.ckpt" not in names(run.checkpoints)
+    assert names(run.checkpoints)[-1] == f"step-{STEPS:08d}.ckpt"
+    assert "step 4 is not saved" in (run.path / "attempts/0001/log.txt").read_text()
+
+
+def test_a_disk_that_is_full_ends_the_run_by_name_behind_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = recipe(tmp_path, behind=True)
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    said = refused(capsys, path)
+    assert "No space left on device" in said
+    assert "step-00000002.ckpt" in said
+
+
+def test_copies_are_gone_on_from_where_the_run_directory_is_lost(tmp_path: Path) -> None:
+    remote = tmp_path / "far" / "mine"
+    path = recipe(tmp_path, remote=f"file://{remote}", keep_last=3)
+    run = fit(path)
+    assert names(remote) == names(run.checkpoints) == [
+        f"step-{step:08d}.ckpt" for step in (8, 10, 12)
+    ]  # fmt: skip
+    (remote / "step-00000012.ckpt").unlink()
+    whole = losses(run)
+    run.path.rename(tmp_path / "lost")
+    again = fit(path)
+    assert {step: loss for step, loss in whole.items() if step >= 10} == losses(again)
+
+
+def test_a_place_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
+    (tmp_path / "far").write_text("a file")
+    run = fit(recipe(tmp_path, remote=f"file://{tmp_path}/far/mine"))
+    assert names(run.checkpoints)[-1] == f"step-{STEPS:08d}.ckpt"
+    assert "not copied to file://" in (run.path / "attempts/0001/log.txt").read_text()
+
+
+def test_a_kind_of_place_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.remote is nowhere://x"):
+        RemoteCopy("nowhere://x")
