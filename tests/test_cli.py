@@ -182,6 +182,7 @@ def test_a_run_that_is_not_there_is_not_evaluated_unless_asked(home, command, tm
     main([*map(str, options), "--resume=none"])
 
 
+@pytest.mark.slow
 def test_a_run_directory_stands_for_its_recipe(home, tmp_path, monkeypatch, capsys):
     """And its folder may be named by a variable."""
     monkeypatch.setenv("RUNS_OF_TEST", str(tmp_path))
@@ -327,6 +328,7 @@ def test_load_module_refuses_what_is_no_run(tmp_path):
         load_module(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_ends_a_tool_without_a_word(recipe):
     reader, writer = os.pipe()
     os.close(reader)

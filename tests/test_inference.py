@@ -55,6 +55,7 @@ def greedy(chat: Chat, messages: list[Message], steps: int) -> str:
     return chat.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_generation_compiles_nothing_where_training_does(run_dir: Path) -> None:
     chat = mmfusion.load(run_dir, device="cpu")
     chat.model.llm.compile_layers()

@@ -34,6 +34,7 @@ class Light(ClassifierJudge):
         return [{"light": "bright" if int(str(x)) > 127 else "dark"} for x in pixels]
 
 
+@pytest.mark.slow
 def test_shares_and_losses_are_those_of_the_media(tmp_path: Path) -> None:
     generator = StableDiffusion(save_stable_diffusion(tmp_path / "sd"))
     generator.build(PARTS)

@@ -3,6 +3,8 @@
 import re
 import sys
 
+import pytest
+
 from tests.benchmarks import memory
 
 FAMILY = """
@@ -18,6 +20,7 @@ raise SystemExit(7)
 """
 
 
+@pytest.mark.slow
 def test_pages_that_processes_share_are_counted_once(capfd):
     code = memory.main([sys.executable, "-c", FAMILY], every=0.2)
     told = capfd.readouterr().out

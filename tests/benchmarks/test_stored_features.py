@@ -12,6 +12,7 @@ from tests.benchmarks import stored_features
 from tests.training.pictures import prepare, recipe
 
 
+@pytest.mark.slow
 def test_the_ratios_are_printed_with_what_was_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

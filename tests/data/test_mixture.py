@@ -133,6 +133,7 @@ def test_endless_lanes_repeat_no_sample_before_its_epoch_is_over():
             assert epochs == sorted(epochs)
 
 
+@pytest.mark.slow
 def test_a_source_of_one_sample_comes_once_an_epoch():
     order = GlobalOrder(["big", "one"], [100, 1], [0.999, 0.001], 8, 4, seed=0)
     refs = [ref for lane in range(8) for ref in order(lane, range(4000))]
@@ -180,6 +181,7 @@ def test_an_epoch_of_a_lane_holds_no_more_than_an_epoch_of_a_source(sources, lan
                 assert not epochs or max(epochs) - min(epochs) <= spread
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(sources, st.integers(1, 9), st.integers(1, 300), st.integers(8, 200), st.booleans())
 def test_no_pack_holds_a_sample_twice(sources, lanes, window, budget, finite):

@@ -44,6 +44,7 @@ def test_both_permutations_hit_every_value_once(n, key):
 SIZES = [1, 2, 3, 7, 8, 9, 15, 31, 63, 64, 65, 255, 256, 257, 997, 1024, 2049, 10_007]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lanes", "block"), [(64, 256), (8, 4), (1, 1), (12, 3), (64, 2)])
 def test_every_sample_once_in_each_epoch(lanes, block):
     for n in SIZES:

@@ -201,6 +201,7 @@ def read_all(shards: Shards) -> list[str]:
     return [shards.read(i)[2] for i in range(len(shards))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_samples_read_the_same_in_other_processes(folder: Path, method: str) -> None:
     shards = Shards(str(folder))

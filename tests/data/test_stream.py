@@ -59,6 +59,7 @@ def run_steps(data, state: StreamState, steps: int, world: int) -> tuple[dict, S
     return packs, merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packs_per_step", [1, 4, 5, 9])
 def test_random_restarts_on_other_ranks_give_the_packs_of_the_uninterrupted_run(
     folders, packs_per_step
@@ -75,6 +76,7 @@ def test_random_restarts_on_other_ranks_give_the_packs_of_the_uninterrupted_run(
     assert state == end
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
 def test_any_schedule_of_ranks_gives_the_same_state(folders, schedule):

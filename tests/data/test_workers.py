@@ -42,6 +42,7 @@ def signal_the_group(start_method: str) -> None:
             assert came == [number], (number, taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 )

@@ -95,6 +95,7 @@ def test_both_world_sizes_end_with_the_same_weights(home, alone, together):
         torch.testing.assert_close(tensor, b["state_dict"][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_world_sizes_report_the_same_validation(home):
     """Of 13 samples one rank has more; their tokens are an odd number."""
     write_shards(home, "odd", 13, seed=7)
@@ -149,6 +150,7 @@ def kill_in_step_6(home, recipe, name, world):
         jobs.kill(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"), [pytest.param(one, two, marks=pytest.mark.slow), (two, one)]
 )
@@ -165,6 +167,7 @@ def test_a_run_goes_on_with_another_number_of_processes(home, recipe, alone, fir
     assert [p.name for p in by_step(home / name / "checkpoints")][-1] == "step-00000008.ckpt"
 
 
+@pytest.mark.slow
 def test_a_rank_without_media_does_not_hang_and_changes_nothing(home):
     second = {"class_path": "tests.models.tiny.TinyEncoder", "init_args": {"modality": "audio"}}
     image = {"class_path": "tests.models.tiny.TinyEncoder"}

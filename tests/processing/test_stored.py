@@ -138,6 +138,7 @@ def test_an_error_of_the_item_comes_where_it_would_have_come(processor: StoredPr
         processor(at_decoding)
 
 
+@pytest.mark.slow
 def test_the_same_item_is_the_same_bytes_in_another_process():
     line = (
         "import hashlib, torch; from mmfusion.processing.stored import item_file; "

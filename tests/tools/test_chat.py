@@ -33,6 +33,7 @@ def session(loaded: mmfusion.inference.Chat) -> Session:
     return Session(loaded, {"max_new_tokens": 6})
 
 
+@pytest.mark.slow
 def test_a_piped_conversation_runs_to_its_end(run_dir: Path, tmp_path: Path) -> None:
     picture = tmp_path / "my picture.bin"
     picture.write_bytes(b"\1\2\3")

@@ -346,6 +346,7 @@ def test_byte_order_marks_are_no_part_of_a_list(media: Path, tmp_path: Path) -> 
         assert len(records(tmp_path / name)) == 1
 
 
+@pytest.mark.slow
 def test_command_line_builds_shards(media: Path, tmp_path: Path) -> None:
     write_list(media, "l.jsonl", [GOOD, {"image": "missing.jpg", "caption": "a"}])
     run = [sys.executable, "-m", "mmfusion", "data", "build", str(media / "l.jsonl")]
@@ -361,6 +362,7 @@ def test_command_line_builds_shards(media: Path, tmp_path: Path) -> None:
     assert len(records(tmp_path / "out")) == 1
 
 
+@pytest.mark.slow
 def test_a_build_that_is_terminated_leaves_nothing(media: Path, tmp_path: Path) -> None:
     listed = write_list(media, "l.jsonl", [GOOD] * 20_000)
     out = tmp_path / "out"

@@ -309,6 +309,7 @@ def test_what_came_while_features_were_made_is_not_replaced(
     assert (tmp_path / MANIFEST).is_file()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_stored_is_refused(
     cache: Path, tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,6 +387,7 @@ class Edited(TinyConverter):
         return Sample((asked, Message("assistant", (picture,))))
 
 
+@pytest.mark.slow
 def test_a_medium_that_a_live_part_reads_too_is_kept(tmp_path: Path) -> None:
     """The encoder's features of it are stored, the generator's VAE reads it."""
     home = pictures.prepare(tmp_path)

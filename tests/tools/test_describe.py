@@ -138,6 +138,7 @@ def test_generators_and_what_they_take_are_shown(tmp_path, capsys):
     assert "StableDiffusion" in out
 
 
+@pytest.mark.slow
 def test_parts_that_only_a_validation_needs_are_shown(tmp_path):
     """``validation.media_samples``, also of a callback that takes its place."""
     home = pictures.prepare(tmp_path)

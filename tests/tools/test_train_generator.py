@@ -381,6 +381,7 @@ def test_samples_without_media_in_the_answer_are_refused(tmp_path: Path) -> None
         Examples(Source(source.patterns, Caption()))
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses(trained: Path) -> None:
     generator = StableDiffusion(str(trained))
     torch.manual_seed(0)

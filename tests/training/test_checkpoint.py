@@ -57,6 +57,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_names_the_file_and_leaves_the_old_one_and_no_rest(tmp_path):
     path = tmp_path / "c.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, path)

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+import pytest
+
 from mmfusion.cli import main
 from mmfusion.training.rebuild import load_module
 from tests.make_debug import make_debug
@@ -10,6 +12,7 @@ from tests.make_debug import make_debug
 RECIPE = Path(__file__).parents[2] / "recipes" / "debug.yaml"
 
 
+@pytest.mark.slow
 def test_the_debug_recipe_learns_to_see_colours(tmp_path, monkeypatch):
     monkeypatch.setenv("MMFUSION_CACHE", str(tmp_path))
     make_debug(tmp_path / "debug")

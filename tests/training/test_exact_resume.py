@@ -82,6 +82,7 @@ def die_in_the_third_save():
     checkpoint.torch.save = dying_save
 
 
+@pytest.mark.slow
 def test_killed_in_mid_save_goes_on_bit_for_bit(home, recipe, whole):
     args = options(home, recipe, "saving")
     assert jobs.run(args, home / "saving.log", prepare=die_in_the_third_save) == -signal.SIGKILL
@@ -95,6 +96,7 @@ def test_killed_in_mid_save_goes_on_bit_for_bit(home, recipe, whole):
     assert steps(home / "saving-packs").keys() == set(range(STEPS))
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_twice_goes_on_bit_for_bit(home, recipe, whole):
     seed = random.randrange(1000)
     print("seed", seed)  # shown where it fails
@@ -144,6 +146,7 @@ def wait_for_the_signal():
     Recorder.on_train_batch_end = held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "state"), STOPS)
 def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(home, recipe, whole, number, code, state):
     """Loader processes get the signal too, as from a terminal."""
@@ -232,6 +235,7 @@ def die_in_validation(number):
     Recorder.on_validation_batch_start = killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_validation_that_was_cut_off_is_made_up_for(home, recipe, whole, number):
     """SIGKILL in the last one; SIGTERM in the first, for each of its batches: the second ends the

@@ -64,6 +64,7 @@ def test_a_checkpoint_of_stage_2_holds_projector_and_rows_and_nothing_else(stage
     assert all("trainable_tokens_delta" in name for name in names if ".llm." in name)
 
 
+@pytest.mark.slow
 def test_stage_3_keeps_what_stage_2_trained_bit_for_bit(home: Path, stage2: Path) -> None:
     frozen = {**NEW, "init_args": {"lr": 1e-3, "train": False}}
     changes = {"model__tuning": {"llm": [LORA, frozen]}, "model__init_from": str(stage2)}
@@ -75,6 +76,7 @@ def test_stage_3_keeps_what_stage_2_trained_bit_for_bit(home: Path, stage2: Path
     assert llm.new_tokens == ["<image_0>", "<image_1>", "<image_2>"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_tied_model_are_one_in_embeddings_and_head_in_every_stage(tmp_path: Path) -> None:
     home = prepare(tmp_path)
     save_llm(home / "llm", tie_word_embeddings=True)
@@ -98,6 +100,7 @@ def test_rows_of_a_tied_model_are_one_in_embeddings_and_head_in_every_stage(tmp_
     assert torch.pdist(found[0]).min() > 0  # they began as one row
 
 
+@pytest.mark.slow
 def test_stage_2_goes_on_exactly_noise_included(home: Path, stage2: Path) -> None:
     half = fit(recipe(home, run_dir=str(home / "half"), checkpoint__every_n_steps=4)).path
     (half / "checkpoints" / "step-00000012.ckpt").unlink()
@@ -130,6 +133,7 @@ def test_what_no_objective_needs_is_not_loaded(home: Path, tmp_path: Path) -> No
     assert generator.denoiser is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_parts_that_are_built_for_an_answer_have_the_precision_of_the_others(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
@@ -156,6 +160,7 @@ def test_parts_that_are_built_for_an_answer_have_the_precision_of_the_others(
             assert {p.dtype for p in part.parameters()} == {expected}
 
 
+@pytest.mark.slow
 def test_a_stage_whose_answers_never_hold_media_says_so(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +175,7 @@ def test_a_stage_whose_answers_never_hold_media_says_so(
         assert (said in capsys.readouterr().err) == missing
 
 
+@pytest.mark.slow
 def test_losses_are_summed_by_the_weights_of_their_objectives(home: Path, tmp_path: Path) -> None:
     found = {}
     for weight in (1.0, 0.25):
@@ -204,6 +210,7 @@ ALIGNED = {"next_token": NEXT_TOKEN, "align": objective("align", distance="cosin
 SHORT = {"trainer__max_steps": 2, "model__schedule": {"warmup_steps": 0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "later"),
     [

@@ -64,6 +64,7 @@ def test_a_schedule_that_cannot_be_is_refused_before_weights_are_loaded(home, ca
     assert "Loading weights" not in error
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_is_not_finished_and_goes_on(home, tmp_path, capsys):
     changes = {"trainer__max_steps": 8, "run_dir": str(tmp_path / "run")}
     slow = {"class_path": f"{__name__}.Slow"}
@@ -96,6 +97,7 @@ class Weights(L.Callback):
         self.seen.append((int(batch.step_counts["tokens"]), weight.detach().clone()))
 
 
+@pytest.mark.slow
 def test_a_step_without_targets_changes_no_weight_and_logs_no_loss(home, tmp_path):
     """The last steps of a finite run may have none: packs of lanes that are used up."""
     Weights.seen.clear()
@@ -120,6 +122,7 @@ def test_a_step_without_targets_changes_no_weight_and_logs_no_loss(home, tmp_pat
     assert sorted(losses(run)) == [s for s in range(len(Weights.seen)) if s not in empty]
 
 
+@pytest.mark.slow
 def test_without_our_metrics_no_validation_is_made_twice(home, tmp_path):
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
     recipe = write_recipe(
@@ -199,6 +202,7 @@ def test_a_step_that_is_not_finite_names_itself_and_its_samples(
     assert [p.name for p in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001.ckpt"]
 
 
+@pytest.mark.slow
 def test_validation_counts_optimizer_steps_and_the_other_commands_use_the_run(
     home, tmp_path, capsys
 ):

@@ -152,6 +152,7 @@ def test_a_stored_part_is_described_without_weights(
     assert not found.audit
 
 
+@pytest.mark.slow
 def test_features_in_bf16_are_those_of_a_bf16_encoder(cache: Path) -> None:
     """They are stored as they are, so nothing is rounded twice; a batch of another make-up may
     round the last of bf16's 8 bits otherwise.
@@ -169,6 +170,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stale_and_foreign_features_are_refused_before_training(
     cache: Path, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +198,7 @@ def test_stale_and_foreign_features_are_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command_that_is_named_makes_what_a_recipe_of_two_files_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +215,7 @@ def test_the_command_that_is_named_makes_what_a_recipe_of_two_files_reads(
     from_recipe(str(DEBUG), given)
 
 
+@pytest.mark.slow
 def test_a_manifest_of_other_tensors_than_the_part_gives_is_refused(
     features: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +277,7 @@ def test_weights_behind_linked_folders_tell_what_was_made(tmp_path: Path) -> Non
     assert [name for name in found if changed[name] != found[name]] == list(found)[1:]
 
 
+@pytest.mark.slow
 def test_sounds_and_clips_are_stored_as_pictures_are(tmp_path: Path) -> None:
     """By encoders of other libraries, in one recipe; sounds are of different lengths."""
     parts = encoders(tmp_path)
@@ -353,6 +358,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LOSSES = ("loss", "next_token", "align", "denoise")
 
 
+@pytest.mark.slow
 def test_stage_2_on_stored_encodings_loses_the_same(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +386,7 @@ def test_stage_2_on_stored_encodings_loses_the_same(
     assert generator.vae is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [TEXT_ENCODER, VAE])
 def test_changed_weights_of_a_generator_refuse_what_they_made(
     home: Path, tmp_path: Path, part: str
@@ -409,6 +416,7 @@ def change_weight(folder: Path) -> list[str]:
     return [file.name for file in files]
 
 
+@pytest.mark.slow
 def test_infonce_reads_the_stored_encodings_of_the_whole_step(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +438,7 @@ def test_infonce_reads_the_stored_encodings_of_the_whole_step(
         assert column(stored, key) == pytest.approx(column(live, key), abs=2e-6)
 
 
+@pytest.mark.slow
 def test_text_alone_may_be_stored_and_the_vae_run_live(home: Path) -> None:
     recipe = pictures.recipe(home)
     text, vae = (f"generators.image.{part}" for part in (TEXT_ENCODER, VAE))
@@ -467,6 +476,7 @@ def losses_of_one_batch(module: Any, data: Any) -> list[float]:
     return [float(loss.total.detach()) for loss in losses.values()]
 
 
+@pytest.mark.slow
 def test_a_denoiser_may_train_beside_stored_encodings(home: Path) -> None:
     recipe = pictures.recipe(home)
     lora = json.dumps(pictures.LORA | {"class_path": "mmfusion.tuning.LoRA"})

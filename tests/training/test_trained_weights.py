@@ -99,6 +99,7 @@ def test_a_run_is_loaded_from_its_folder_alone(stage1, stage2, home):
         load_module(stage2.path, step=999)
 
 
+@pytest.mark.slow
 def test_a_stage_that_would_lose_trained_weights_is_refused(home, stage2, capsys, tmp_path):
     recipe = write_recipe(
         home,
@@ -182,6 +183,7 @@ def test_a_projector_of_another_activation_is_refused(home, capsys, tmp_path):
     assert "init_drop: [input_projectors.image]" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_new_tokens_trained_with_the_whole_table_are_taken(tmp_path, tied):
     write_recipe(tmp_path)
@@ -229,6 +231,7 @@ def new_rows(run):
         return torch.cat([llm.embed(ids)[0], head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "tokens", "said"),
     [

@@ -81,6 +81,7 @@ def test_clip_score_is_the_mean_cosine_over_the_captions(clip: str) -> None:
     assert judge.compute() == {}
 
 
+@pytest.mark.slow
 def test_a_clip_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)  # the vision tower alone
     judge = CLIPScore(folder)

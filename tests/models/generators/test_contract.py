@@ -220,6 +220,7 @@ def test_adapters_on_the_denoiser_train(case: Case) -> None:
     assert any(grad.abs().sum() > 0 for grad in grads.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Full, LoRA])
 def test_a_denoiser_in_half_precision_trains_and_is_sampled(case: Case, kind: type[Policy]) -> None:
     """What trains is kept in fp32; the other weights and the VAE are not."""

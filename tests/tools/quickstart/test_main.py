@@ -117,6 +117,7 @@ def test_damaged_files_that_only_inform_do_not_stop_it(tmp_path):
         assert Steps(tmp_path / "status.json", 1).seconds == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passed_on", [False, True])
 def test_a_child_that_knows_saves_and_one_that_does_not_is_told(passed_on):
     code = "import signal, time; signal.signal(15, lambda *_: exit(7)); print(flush=True);"

@@ -49,6 +49,7 @@ def said(wanted: str, *made: tuple[str, str], concept: str = "c") -> Said:
     return Said(HeldOut(Sample(turns), about), Answer(parts))
 
 
+@pytest.mark.slow
 def test_denoising_figures_of_a_run_do_not_depend_on_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def expected(targets: Sequence[int]) -> dict[str, float]:
 ORDERS = [[range(COUNT)], [[i] for i in reversed(range(COUNT))]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", ORDERS, ids=["one", "many"])
 def test_each_target_is_compared_with_all_captions(batches: Sequence[Sequence[int]]) -> None:
     _, figures = found_in(batches)

@@ -128,6 +128,7 @@ def references(module: MultimodalModule, data: Any) -> list[tuple[torch.Tensor, 
     return found
 
 
+@pytest.mark.slow
 def test_conditioning_figures_are_those_of_single_samples(
     stage: tuple[MultimodalModule, Any], figures: dict[str, float]
 ) -> None:
@@ -158,6 +159,7 @@ def test_conditioning_figures_are_those_of_single_samples(
         assert "val/denoising_gain/image" not in figures
 
 
+@pytest.mark.slow
 def test_emission_is_counted_over_the_answers_the_model_gives(
     stage: tuple[MultimodalModule, Any], figures: dict[str, float]
 ) -> None:
@@ -179,6 +181,7 @@ def test_emission_is_counted_over_the_answers_the_model_gives(
     assert "val/exact_match/pairs" not in figures  # a picture is no text to match
 
 
+@pytest.mark.slow
 def test_only_what_the_objectives_need_is_loaded_and_told(home: Path) -> None:
     objectives = {"next_token": NEXT_TOKEN, "align": objective("align")}
     module, data = built(home, model__objectives=objectives)
@@ -191,6 +194,7 @@ def test_only_what_the_objectives_need_is_loaded_and_told(home: Path) -> None:
     assert {key.split("/")[1] for key in without} == {"loss", "next_token", "align"}
 
 
+@pytest.mark.slow
 def test_another_shape_than_the_text_encodings_is_told_and_left_out(home: Path) -> None:
     linear = {"class_path": "mmfusion.models.output_projectors.mlp.Linear"}
     module, data = built(
@@ -205,6 +209,7 @@ def test_another_shape_than_the_text_encodings_is_told_and_left_out(home: Path) 
     assert "val/denoising/image/ours" in found
 
 
+@pytest.mark.slow
 def test_media_are_made_and_judged_the_same_in_any_grouping(
     stage: tuple[MultimodalModule, Any],
 ) -> None:
@@ -231,6 +236,7 @@ def stored(home: Path) -> tuple[MultimodalModule, Any]:
     return module, data
 
 
+@pytest.mark.slow
 def test_stored_encodings_serve_where_the_parts_are_not_built(
     home: Path, stored: tuple[MultimodalModule, Any]
 ) -> None:
@@ -243,6 +249,7 @@ def test_stored_encodings_serve_where_the_parts_are_not_built(
     assert found == pytest.approx(live, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_without_the_true_media_nothing_is_judged(stored: tuple[MultimodalModule, Any]) -> None:
     """Where features were stored instead of them."""
     module, data = stored

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.training import jobs
 from tests.training.tiny import write_recipe
 
 
+@pytest.mark.slow
 def test_bar_counts_optimizer_steps_also_after_a_resume(tmp_path):
     recipe = write_recipe(
         tmp_path, data__packs_per_micro_batch=1, trainer__enable_progress_bar=True

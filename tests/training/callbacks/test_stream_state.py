@@ -230,6 +230,7 @@ def listed(folder) -> list[tuple[str, int, int]]:
     return sorted((row["source"], row["step"], row["index"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path):
     bad = dict.fromkeys(range(0, 150, 2), "odd")
     folder = {"half": write_source(tmp_path / "half", 150, bad=bad, words=4)}
@@ -242,6 +243,7 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path):
     fit(make_data(folder, max_bad_fraction=0.6), tmp_path, 40)
 
 
+@pytest.mark.slow
 def test_a_small_source_of_bad_samples_stops_the_run_though_all_together_are_few(tmp_path):
     bad = dict.fromkeys(range(24), "odd")
     folders = {

@@ -187,6 +187,7 @@ def test_losses_are_summed_by_their_weights(tmp_path: Path) -> None:
     assert figures["val/loss"] == pytest.approx(1.5 * figures["val/one"])
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_as_it_is(tmp_path: Path) -> None:
     val = {"asked": {"shards": str(tmp_path / "val-*.tar"), "converter": CHAT}}
     changes = {"trainer__max_steps": 6, "data__val_sources": val}
