@@ -396,14 +396,8 @@ def _processes(given: Mapping[str, Any], world: str, local: str) -> dict[str, in
     processes, each = int(os.environ[world]), int(os.environ.get(local) or 1)
     started = {"devices": each, "num_nodes": processes // each}
     for name, value in started.items():
-        if given.get(name) not in (
-            None,
-            "auto",
-            "-1",
-            -1,
-            value,
-            1 if name == "num_nodes" else value,
-        ):
+        idle = {"None", "auto", "-1", str(value), "1" if name == "num_nodes" else "auto"}
+        if str(given.get(name)) not in idle:
             raise RecipeError(
                 f"trainer.{name} is {given[name]}, but the launcher has started {processes} "
                 f"processes, {each} a node ({world}, {local}); leave trainer.devices and "

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from mmfusion.cli import main as cli
+from mmfusion.paths import shipped
 from mmfusion.tools.quickstart import main
 from mmfusion.tools.quickstart.main import (
     Steps,
     end_with_us,
-    find_recipes,
     finished,
     fit,
     read_json,
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_recipes_are_found_and_are_those_of_the_stages():
-    folder = find_recipes()
+    folder = shipped("recipes/quickstart")
     stages = {"1_align_input", "3_instruct", "2_align_output", "4_any_to_any"}
     for name in (*stages, "no_media"):
         recipe = yaml.safe_load((folder / f"{name}.yaml").read_text())
@@ -39,8 +39,8 @@ def test_recipes_are_found_and_are_those_of_the_stages():
 
 
 def test_no_media_recipe_replaces_the_projectors_and_their_rates_and_nothing_else():
-    recipe = yaml.safe_load((find_recipes() / "no_media.yaml").read_text())
-    stage1 = yaml.safe_load((find_recipes() / "1_align_input.yaml").read_text())
+    recipe = yaml.safe_load((shipped("recipes/quickstart") / "no_media.yaml").read_text())
+    stage1 = yaml.safe_load((shipped("recipes/quickstart") / "1_align_input.yaml").read_text())
     assert set(recipe) == {"run_dir", "model"}
     assert set(recipe["model"]) == {"input_projectors", "tuning"}
     assert set(stage1["model"]["tuning"]) == {"input_projectors"}
@@ -57,7 +57,7 @@ def test_no_media_recipe_replaces_the_projectors_and_their_rates_and_nothing_els
 
 def test_all_stages_use_the_same_parts():
     first, third, second, last = (
-        yaml.safe_load((find_recipes() / f"{name}.yaml").read_text())["model"]
+        yaml.safe_load((shipped("recipes/quickstart") / f"{name}.yaml").read_text())["model"]
         for name in ("1_align_input", "3_instruct", "2_align_output", "4_any_to_any")
     )
     for part in ("encoders", "input_projectors", "llm"):
@@ -73,7 +73,7 @@ def test_what_changes_without_bfloat16_is_all_that_uses_it(monkeypatch):
         return {path[1:]} if str(value) in ("bfloat16", "float16", "bf16-mixed") else set()
 
     for name in main.SMALL:
-        recipe = yaml.safe_load((find_recipes() / f"{name}.yaml").read_text())
+        recipe = yaml.safe_load((shipped("recipes/quickstart") / f"{name}.yaml").read_text())
         assert halves(recipe) == {line[2:].split("=")[0] for line in main.IN_FLOAT32}
     for fast, expected in ((True, []), (False, main.IN_FLOAT32)):
         monkeypatch.setattr(main, "fast_bfloat16", lambda fast=fast: fast)

@@ -44,7 +44,11 @@ torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${MAX_FAILUR
     --rdzv-conf=last_call_timeout=10 \
     -m mmfusion fit -c "$@" --run_dir="$run" --resume auto &
 agent=$!
-ranks() { cat /proc/$agent/task/*/children 2> /dev/null; }
+ranks() { # that live: what an agent has not waited for yet is still there as a zombie
+    for rank in $(cat /proc/$agent/task/*/children 2> /dev/null); do
+        grep -sqE '^State:\s+[^Z]' "/proc/$rank/status" && echo "$rank"
+    done
+}
 # Past the agent, which would give its ranks 30 seconds to save.
 trap 'kill -TERM $(ranks)' TERM USR1
 alone=0 # seconds without a rank: an agent waits for ever where the network to the rendezvous is cut
