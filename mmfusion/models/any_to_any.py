@@ -212,7 +212,8 @@ class AnyToAnyModel(nn.Module):
         return self._processor
 
     def forward(self, batch: Batch) -> ModelOutput:
-        embeds, media_tokens, idle = self.embed(batch)
+        embeds, media_tokens = self.embed(batch)
+        idle = embeds.new_zeros(())
         cu_seqlens = batch.host.cu_seqlens
         states = self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, self.layers)
         conditioning: dict[str, Conditioning] = {}
@@ -272,9 +273,9 @@ class AnyToAnyModel(nn.Module):
     def _output(self, modality: str) -> OutputProjector:
         return cast(OutputProjector, self.output_projectors[modality])
 
-    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Returns (B, T, D) embeddings with the media in their slots, the projected media (N, P, D)
-        by modality, and the idle zero.
+    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns (B, T, D) embeddings with the media in their slots, and the projected media
+        (N, P, D) by modality.
         """
         if absent := set(self.encoders) - set(batch.media):
             raise ValueError(f"the batch says nothing of {sorted(absent)}, not even an idle item.")
@@ -291,7 +292,9 @@ class AnyToAnyModel(nn.Module):
             media_tokens[modality], slots[modality] = tokens, media.slots
             counts = self._checked_counts(modality, media)
             valid[modality] = fusion.valid_tokens(tokens, counts, modality)
-        return fusion.scatter(embeds, valid, slots), media_tokens, idle
+        # Idle items go through the LLM as well: gradients come back layer by layer on every rank.
+        # Where a layer's input needs none, FSDP2 and ZeRO reduce in another order than elsewhere.
+        return fusion.scatter(embeds, valid, slots) + idle, media_tokens
 
     def _tokens(
         self, modality: str, tensors: MediaTensors, media: MediaBatch, device: torch.device

@@ -50,6 +50,8 @@ from mmfusion.training.recipe_parser import (
 from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
 from mmfusion.training.stored_parts import use_features
+from mmfusion.training.strategies import names as strategies
+from mmfusion.training.strategies.fsdp2 import FSDP2
 from mmfusion.training.strategies.zero import ZeRO
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,7 @@ class RecipeCommand(LightningCLI):
             type=PositiveInt | None,
             help="optimizer steps between validations",
         )
+        add("--strategy", type=strategies.Strategy | None, help="how the ranks share the model")
         add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
@@ -166,6 +169,13 @@ class RecipeCommand(LightningCLI):
         config = self.config_init
         given = dict(config.trainer)
         given["default_root_dir"] = config.run_dir
+        if config.strategy:
+            if given.get("strategy") not in (None, "auto"):
+                raise RecipeError(
+                    f"strategy is {config.strategy} and trainer.strategy is set as well; give one."
+                )
+            given["strategy"] = config.strategy
+        strategies.register()
         given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
         if TorchElasticEnvironment.detect():
             given |= _processes(given, "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -201,7 +211,9 @@ class RecipeCommand(LightningCLI):
             trainer = L.Trainer(**given)
         except (MisconfigurationException, TypeError) as error:
             raise RecipeError(f"the recipe's trainer cannot be made: {error}") from error
-        if isinstance(given.get("strategy"), str | ZeRO) and hasattr(trainer.strategy, "_timeout"):
+        if isinstance(given.get("strategy"), str | ZeRO | FSDP2) and hasattr(
+            trainer.strategy, "_timeout"
+        ):
             trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
         return trainer
 

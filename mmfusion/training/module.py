@@ -19,6 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric, SumMetric
 
 from mmfusion import tuning as tune
@@ -295,6 +296,7 @@ class MultimodalModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm(
             [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         skips = scaler is not None and scaler.get_scale() >= 1  # fp16 skips steps by itself
         if not (skips or torch.isfinite(norm)):

@@ -52,6 +52,7 @@ FREE_KEYS = (
     "wandb",
     "wandb_project",
     "timeout_minutes",
+    "strategy",
     "data.num_workers",
     "data.worker_start",
     "data.val_sources",

@@ -123,7 +123,7 @@ def test_learned_tokens_never_run_the_frozen_encoder(tmp_path: Path) -> None:
 def test_media_items_reach_their_own_slots(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, PROJECTORS)
     batch = make_batch(model, SAMPLES)
-    embeds, media_tokens, _ = model.embed(batch)
+    embeds, media_tokens = model.embed(batch)
     image = model.input_projectors["image"](
         model.encoders["image"](batch.media["image"].tensors), torch.ones(4, 4, dtype=torch.bool)
     )

@@ -88,9 +88,15 @@ class LLM(nn.Module, ABC):
             )
         cast(Any, self).new_tokens = [*cast(Any, self).new_tokens, *tokens]
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """What is repeated, once it is built: compiled one by one, and divided among ranks."""
+        return [self]
+
     def compile_layers(self) -> None:
         """Compile what is repeated (torch.compile), for any number of tokens."""
-        self.compile(dynamic=True)
+        for layer in self.layers:  # one by one: one small graph serves all of them, in seconds
+            layer.compile(dynamic=True)
 
     @property
     @abstractmethod

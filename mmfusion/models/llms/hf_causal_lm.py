@@ -236,12 +236,10 @@ class HFCausalLM(LLM):
             "max_length_k": longest,
         }
 
-    def compile_layers(self) -> None:
-        # Layer by layer: one small graph serves all of them, in seconds.
-        for layer in next(
-            m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)
-        ):
-            layer.compile(dynamic=True)
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        modules = self.model.base_model.modules()
+        return list(next(m for m in modules if isinstance(m, nn.ModuleList)))
 
     @property
     def head(self) -> nn.Module:

@@ -5,7 +5,8 @@ a log step one sum over the ranks covers everything. The module itself logs ``tr
 ``train/<objective>`` of the step; here, over all steps since the last log:
 
 - ``train/<objective>/<source>``: loss per supervised token of each source,
-- ``train/lr/<part>`` and, before clipping, ``train/grad_norm/<part>`` of each part and policy,
+- ``train/lr/<part>`` of each part and policy; before clipping, ``train/grad_norm`` of all gradients
+  and, but under ZeRO, ``train/grad_norm/<part>``,
 - ``throughput/``: ``tokens_per_s`` and ``supervised_tokens_per_s`` (padding not counted),
   ``samples_per_s``, ``<modality>_per_s``, ``padding_share``, ``wait_share`` (time between steps:
   waiting for data, writing logs and checkpoints), ``step_s``, ``rss_peak_gib``, ``cuda_peak_gib``,
@@ -16,6 +17,7 @@ a log step one sum over the ranks covers everything. The module itself logs ``tr
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -134,7 +136,12 @@ class Monitor(L.Callback):
         logged["throughput/wait_share"] = float(total["waited"]) / trainer.world_size / elapsed
         logged["throughput/step_s"] = elapsed / self._steps
         logged |= {f"train/lr/{name}": rate for name, rate in self._rates.items()}
-        logged |= {f"train/grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
+        norms = {name: float(norm) for name, norm in self._norms.items()}
+        logged |= {f"train/grad_norm/{name}": norm for name, norm in norms.items()}
+        # ZeRO divides gradients among the ranks as they come, and says the norm of all.
+        logged["train/grad_norm"] = getattr(
+            trainer.strategy, "grad_norm", math.hypot(*norms.values())
+        )
         return {**logged, **_memory(), **_bad(trainer)}
 
 

@@ -1,18 +1,18 @@
 """DeepSpeed's ZeRO, on GPUs or on CPU processes over gloo.
 
-``trainer.strategy`` of a recipe: ``{class_path: mmfusion.training.strategies.zero.ZeRO, init_args:
-{stage: 3}}``. Optimizer state and gradients of everything that trains are divided among the ranks.
-In stage 3 so are the LLM's weights, which are gathered where they are used: a collective that every
-rank has to reach as often, in the same order. Whatever runs more often on one rank than on another
-keeps whole weights therefore (see :func:`whole_modules`).
+``strategy: deepspeed_3`` of a recipe, or as ``trainer.strategy`` the class with its arguments.
+Optimizer state and gradients of everything that trains are divided among the ranks. In stage 3 so
+are the LLM's weights, which are gathered where they are used (see :func:`whole_modules`).
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,10 +21,18 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from mmfusion.data.datamodule import data_of
-from mmfusion.training.callbacks.validation import Validation
+from mmfusion.paths import expand
 from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.strategies.shares import (
+    frozen_parts,
+    on_one,
+    refuse_answers,
+    refuse_half,
+    refuse_numbers,
+)
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -32,18 +40,55 @@ class ZeRO(DeepSpeedStrategy):
 
     Args:
         stage: 1 divides optimizer state among the ranks, 2 gradients too, 3 the LLM's weights too.
-        options: more fields of ``zero_optimization`` in DeepSpeed's configuration.
+        offload: keep the optimizer's state, and in stage 3 what is divided of the LLM, in the
+            host's memory (``cpu``) or on disks (``nvme``); the step is made there.
+        nvme_path: folder on the disks for ``nvme``.
+        config: fields of DeepSpeed's configuration, laid over what this strategy sets; or the path
+            of a JSON file with such.
+        process_group_backend: of torch.distributed (None: NCCL on GPUs, gloo on CPUs).
     """
 
     strategy_name = "zero"
 
-    def __init__(self, stage: Literal[1, 2, 3] = 2, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload: Literal["cpu", "nvme"] | None = None,
+        nvme_path: str | None = None,
+        config: dict[str, Any] | str | None = None,
+        process_group_backend: str | None = None,
+    ) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where deepspeed is imported
+        if (offload == "nvme") != bool(nvme_path):
+            raise ValueError(
+                f"ZeRO: offload is {offload}, nvme_path {nvme_path}; give a folder with nvme, and "
+                "none without."
+            )
         # Its batch size counts samples a second in logs; "auto" opens the data for it.
-        super().__init__(stage=stage, logging_batch_size_per_gpu=1)
+        super().__init__(
+            stage=stage,
+            logging_batch_size_per_gpu=1,
+            offload_optimizer=offload is not None,
+            offload_parameters=offload is not None and stage == 3,
+            offload_optimizer_device=offload or "cpu",
+            offload_params_device=offload or "cpu",
+            nvme_path=nvme_path or "",
+            pin_memory=torch.cuda.is_available(),
+            process_group_backend=process_group_backend,
+        )
         self.stage = stage
-        cast(dict[str, Any], self.config)["zero_optimization"] |= options or {}
+        own = cast(dict[str, Any], self.config)
+        own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
+        _lay_over(own, _fields(config))
+        if own["zero_optimization"]["stage"] != stage:
+            raise ValueError("ZeRO: give the stage as stage, not in config.zero_optimization.")
+        for name in ("fp16", "bf16", "torch_autocast"):
+            if own.get(name, {}).get("enabled"):
+                raise ValueError(
+                    f"ZeRO: config.{name} is enabled, which would take every part's weights into "
+                    "half precision; set trainer.precision: bf16-mixed instead."
+                )
 
     @property
     def _on_cpu(self) -> bool:
@@ -57,12 +102,19 @@ class ZeRO(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Lightning's own takes GPUs alone."""
-        if (given := self.precision_plugin.precision) != "32-true":
+        if (given := self.precision_plugin.precision) not in PRECISIONS:
             raise ValueError(
-                f"trainer.precision is {given}; ZeRO trains in 32-true so far. Leave it out, or "
-                "use another trainer.strategy."
+                f"trainer.precision is {given}; ZeRO trains in {' or '.join(PRECISIONS)}."
             )
-        self.precision_plugin = _Precision("32-true")
+        if given == "bf16-mixed":
+            # As under DDP: what trains, its gradients and what is sent of it stay in fp32. DeepSpeed
+            # switches off an autocast that is not its own.
+            cast(dict[str, Any], self.config)["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
+        self.precision_plugin = _Precision(given)
         os.environ.setdefault("LOCAL_SIZE", str(self.num_processes))  # else numactl is asked
         DDPStrategy.setup_environment(self)
 
@@ -77,6 +129,10 @@ class ZeRO(DeepSpeedStrategy):
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         self._init_deepspeed_distributed()
 
+    def _format_config(self) -> None:
+        """Lightning would have DeepSpeed keep every weight in bf16."""
+        self._format_batch_size_and_grad_accum_config()
+
     # ---- the model
 
     @contextmanager
@@ -86,25 +142,8 @@ class ZeRO(DeepSpeedStrategy):
         """
         self._init_config_if_needed()
         if self.stage == 3:
-            self._refuse_answers()
+            refuse_answers(self._module.trainer, "ZeRO stage 3")
         yield
-
-    def _refuse_answers(self) -> None:
-        """Ranks would run the LLM as often as their answers are long, and wait for one another."""
-        trainer = self._module.trainer
-        asked = {
-            name: value
-            for callback in cast(Any, trainer).callbacks
-            if isinstance(callback, Validation) and data_of(trainer).val_sources
-            for name in ("generate_samples", "table_samples", "media_samples")
-            if (value := getattr(callback.asking, name))
-        }
-        if asked:
-            raise ValueError(
-                f"validation has {asked}, but under ZeRO stage 3 the LLM cannot generate so far. "
-                "Set these to 0 (mmfusion validate on one process asks a checkpoint), or use "
-                "stage 2."
-            )
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         raise ValueError(
@@ -123,8 +162,8 @@ class ZeRO(DeepSpeedStrategy):
         for owner, name in self._frozen:
             owner.get_submodule(name).to(self.root_device)
         with _left_out(self._frozen):
-            _refuse_half(model)
-            _refuse_numbers(model)
+            refuse_half(self._module)
+            refuse_numbers(model)
             engine, optimizer, _, _ = deepspeed.initialize(
                 config=self.config,
                 model=model,
@@ -190,6 +229,11 @@ class ZeRO(DeepSpeedStrategy):
             # A part that no rank uses in the next step would be moved by these once more.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
 
+    @property
+    def grad_norm(self) -> float:
+        """Of all gradients of the last step, before clipping."""
+        return float(self.deepspeed_engine.get_global_grad_norm() or 0.0)
+
     # ---- checkpoints: the same files as without ZeRO, by rank 0
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -200,7 +244,7 @@ class ZeRO(DeepSpeedStrategy):
         for name in sorted((trained_names(self._module) | self._module.inherited) & set(state)):
             away = [p for p in [state[name]] if p.numel() == 0]  # not those that are kept whole
             with deepspeed.zero.GatheredParameters(away):
-                kept[name] = state[name].detach().clone()
+                kept[name] = on_one(state[name], self.is_global_zero)
         return kept
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -217,7 +261,7 @@ class ZeRO(DeepSpeedStrategy):
                 state[len(state)] = {
                     key: value.clone()
                     if key == "step"
-                    else safe_get_full_optimizer_state(parameter, key)
+                    else on_one(safe_get_full_optimizer_state(parameter, key), self.is_global_zero)
                     for key, value in one.items()
                 }
             groups.append({**options, "params": [*range(first, len(state))]})
@@ -292,23 +336,27 @@ class _Precision(DeepSpeedPrecision):
         return data
 
 
-def _refuse_half(model: nn.Module) -> None:
-    """DeepSpeed computes in one precision, whatever a part is kept in."""
-    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.half)]
-    if half:
-        raise ValueError(
-            f"{len(half)} parameters are in half precision ({half[0]}, ...); ZeRO trains in fp32 "
-            "so far. Set dtype: float32 of the LLM and of parts that train."
-        )
+def _fields(config: dict[str, Any] | str | None) -> dict[str, Any]:
+    if not isinstance(config, str):
+        return config or {}
+    path = Path(expand(config))
+    if not path.is_file():
+        raise FileNotFoundError(f"ZeRO: config {path} is not a file.")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"ZeRO: config {path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"ZeRO: config {path} holds a {type(found).__name__}; expected an object.")
+    return found
 
 
-def _refuse_numbers(model: nn.Module) -> None:
-    """DeepSpeed sends weights as bytes, as which it cannot see those without a dimension."""
-    if numbers := [name for name, p in model.named_parameters() if p.ndim == 0]:
-        raise ValueError(
-            f"{len(numbers)} parameters have no dimension ({numbers[0]}, ...); ZeRO takes those of "
-            "one or more. Make them of shape (1,), or use another trainer.strategy."
-        )
+def _lay_over(own: dict[str, Any], given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(own.get(key), dict):
+            _lay_over(own[key], value)
+        else:
+            own[key] = value
 
 
 def whole_modules(module: MultimodalModule) -> list[nn.Module]:
@@ -317,22 +365,6 @@ def whole_modules(module: MultimodalModule) -> list[nn.Module]:
     """
     llm = set(module.model.llm.modules()) - set(module.model.llm.head.modules())
     return [part for part in module.modules() if part not in llm and part is not module]
-
-
-def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
-    """The largest frozen modules outside the LLM, each as its owner and its name there."""
-    found: list[tuple[nn.Module, str]] = []
-    open_: list[nn.Module] = [module]
-    while open_:
-        owner = open_.pop()
-        for name, child in owner.named_children():
-            if child is module.model.llm:
-                continue
-            if any(p.requires_grad for p in child.parameters()):
-                open_.append(child)
-            elif any(True for _ in child.parameters()):
-                found.append((owner, name))
-    return found
 
 
 @contextmanager

@@ -1,0 +1,209 @@
+"""PyTorch's fully sharded data parallel (FSDP2), on GPUs or on CPU processes over gloo.
+
+``strategy: fsdp2`` of a recipe. Every weight of the LLM and of what trains, its gradient and its
+optimizer state are divided among the ranks. Each layer of the LLM is gathered when it runs and
+given away after it; everything else that is divided is gathered once a step. A step is one call of
+the whole module, its losses included: so ranks gather as often, whichever media they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mmfusion.training.checkpoint import trained_names
+from mmfusion.training.module import MultimodalModule
+from mmfusion.training.strategies.shares import (
+    frozen_parts,
+    on_one,
+    refuse_answers,
+    refuse_half,
+    refuse_numbers,
+)
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, with the division done here, and checkpoints that are those
+    of one process.
+
+    Args:
+        offload: keep what is divided in the host's memory, and step there.
+        reshard: give a layer's weights away after its forward pass, to gather them once more for
+            its backward pass; False takes more memory and less communication.
+        process_group_backend: of torch.distributed (None: NCCL on GPUs, gloo on CPUs).
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(
+        self,
+        offload: bool = False,
+        reshard: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+        )
+        self.offload, self.reshard = offload, reshard
+
+    @property
+    def _module(self) -> MultimodalModule:
+        return cast(MultimodalModule, self.lightning_module)
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        return self.device_mesh["data_parallel"]
+
+    def setup_environment(self) -> None:
+        """All ranks share one copy of the weights."""
+        self._setup_distributed()
+        # Lightning's own hands the mesh to a module, which has none yet where ranks agree on a
+        # checkpoint.
+        mesh = {
+            "mesh_shape": (self.world_size, 1),
+            "mesh_dim_names": ("data_parallel", "tensor_parallel"),
+        }
+        self._device_mesh = init_device_mesh(self.root_device.type, **mesh)
+
+    # ---- the model
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Parts are built as on one process."""
+        refuse_answers(self._module.trainer, "FSDP2")
+        yield
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Divide the module, then make the optimizer of what each rank has."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self._divide()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING and not self.offload:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _divide(self) -> None:
+        module = self._module
+        refuse_half(module)
+        refuse_numbers(module)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in module.groups]
+        whole = [owner.get_submodule(name) for owner, name in frozen_parts(module)]
+        for part in whole:
+            part.to(self.root_device)
+        options: dict[str, Any] = {"mesh": self._mesh}
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
+        half = self.precision_plugin.precision == "bf16-mixed"
+        # Autocast would compute in bf16 anyway: gathered in it, a layer is half as much to send.
+        layers = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for layer in module.model.llm.layers:
+            fully_shard(layer, reshard_after_forward=self.reshard, mp_policy=layers, **options)
+        fully_shard(
+            module, ignored_params={p for part in whole for p in part.parameters()}, **options
+        )
+        now = dict(module.named_parameters())
+        for group, held in zip(module.groups, groups, strict=True):
+            group["params"] = [now[name] for name in held]
+
+    # ---- a step: one call of the whole module
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-batch."""
+        with self.precision_plugin.train_step_context():
+            return self._called("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As a training step, without gradients."""
+        with self.precision_plugin.val_step_context():
+            return self._called("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As a validation."""
+        with self.precision_plugin.test_step_context():
+            return self._called("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As a validation."""
+        with self.precision_plugin.predict_step_context():
+            return self._called("predict_step", *args, **kwargs)
+
+    def _called(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        return self._forward_redirection(self._module, self._module, step, *args, **kwargs)
+
+    # ---- checkpoints: the same files as of one process, by rank 0
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, gathered; every rank must call it."""
+        state = self._module.state_dict()
+        names = (trained_names(self._module) | self._module.inherited) & set(state)
+        return {name: self._gathered(state[name]) for name in sorted(names)}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """As the optimizer by itself would give it, gathered; every rank must call it."""
+        found = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        state = {
+            place: {key: self._gathered(value) for key, value in one.items()}
+            for place, one in found["state"].items()
+        }
+        return {**found, "state": state}
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        whole = value.to(self.root_device).full_tensor() if isinstance(value, DTensor) else value
+        return on_one(whole, self.is_global_zero)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Not by Lightning's sharded form."""
+        DDPStrategy.save_checkpoint(cast(Any, self), checkpoint, filepath, storage_options)
+
+    restore_checkpoint_after_setup = False
+    """Weights are loaded before they are divided."""
+    lightning_restore_optimizer = True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Not by Lightning's sharded form."""
+        return DDPStrategy.load_checkpoint(cast(Any, self), checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """As on one process."""
+        DDPStrategy.load_model_state_dict(cast(Any, self), checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each rank takes its share of what it has read."""
+        (optimizer,), (saved,) = self.optimizers, checkpoint["optimizer_states"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {
+            place: {key: self._share(value, parameters[place]) for key, value in one.items()}
+            for place, one in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": state})
+
+    def _share(self, value: Tensor, parameter: Tensor) -> Tensor:
+        if value.shape != parameter.shape or not isinstance(parameter, DTensor):
+            return value  # AdamW's step
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = value.to(self.root_device)
+        share = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        return share.to(parameter.device)

@@ -1,0 +1,197 @@
+"""Every strategy trains as one process does: losses, gradients, weights, checkpoints, and a run that
+goes on under another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+
+from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.loggers import read_metrics
+from mmfusion.training.resume import by_step
+from mmfusion.training.run import RunDirectory
+from mmfusion.training.strategies.names import OURS, Strategy
+from tests.training import jobs
+from tests.training.tiny import losses, refused, write_recipe
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+DIVIDED = [  # all weights of a tiny model are below DeepSpeed's threshold, and would stay whole
+    "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO",
+    "--trainer.strategy.stage=3",
+    "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+]
+GIVEN = {name: [f"--strategy={name}"] for name in get_args(Strategy)} | {
+    "deepspeed_3, all divided": DIVIDED,
+    "deepspeed_3_offload, all divided": [*DIVIDED, "--trainer.strategy.offload=cpu"],
+    "fsdp2, offloaded": [
+        "--trainer.strategy=mmfusion.training.strategies.fsdp2.FSDP2",
+        "--trainer.strategy.offload=true",
+    ],
+}
+"""Options of a run on two ranks."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+def run(home: Path, recipe: Path, name: str, world: int, *options: str, ends: int = 0) -> Path:
+    """A start of a run; where ranks wait for one another it fails after a minute."""
+    args = ["fit", "-c", str(recipe), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
+    args += [f"--trainer.devices={world}", *options]
+    log = home / f"{name}.log"
+    codes = jobs.run_ranks(args, log, world) if world > 1 else [jobs.run(args, log)]
+    said = "".join(path.read_text() for path in home.glob(f"{name}.[01l]*"))
+    assert set(codes) == {ends}, said
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def recipe(home: Path) -> Path:
+    """LoRA in a frozen LLM and a whole projector; two micro-batches a rank and step, clipped."""
+    return write_recipe(
+        home,
+        trainer__max_steps=STEPS,
+        trainer__gradient_clip_val=0.5,
+        model__llm__init_args__gradient_checkpointing=True,
+        model__tuning__llm__init_args__lr=3e-2,
+        data__packs_per_micro_batch=1,
+        checkpoint__every_n_steps=STEPS // 2,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path, recipe: Path) -> Path:
+    return run(home, recipe, "alone", 1)
+
+
+@pytest.fixture(scope="module")
+def together(home: Path, recipe: Path) -> Callable[[str], Path]:
+    return cache(lambda name: run(home, recipe, f"on {name}", 2, *GIVEN[name]))
+
+
+def curve(path: Path) -> list[float]:
+    return [float(loss) for _, loss in sorted(losses(RunDirectory(path)).items())]
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return read_metrics(path / "metrics.csv")
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_losses_gradients_and_weights_are_those_of_one_process(alone, together, name):
+    ours, theirs = curve(alone), curve(together(name))
+    assert len(theirs) == STEPS
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    assert fmean(ours[-5:]) < fmean(ours[:5]) - 0.3
+    norms = [
+        [row["train/grad_norm"] for row in rows(path) if "train/grad_norm" in row]
+        for path in (alone, together(name))
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert len(norms[0]) == STEPS
+    one, two = (read_checkpoint(by_step(p / "checkpoints")[-1]) for p in (alone, together(name)))
+    assert set(one["state_dict"]) == set(two["state_dict"])
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], atol=1e-4, rtol=1e-3)
+    states = [kept["optimizer_states"][0] for kept in (two, one)]
+    torch.testing.assert_close(states[0]["state"], states[1]["state"], atol=1e-4, rtol=1e-2)
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+@pytest.fixture(scope="module")
+def half(home: Path) -> Path:
+    """The LLM in bfloat16, computed in it; what trains in fp32."""
+    return write_recipe(
+        home,
+        trainer__max_steps=8,
+        trainer__precision="bf16-mixed",
+        model__llm__init_args__dtype="bfloat16",
+        model__tuning__llm__init_args__lr=1e-3,
+        data__packs_per_micro_batch=1,
+    )
+
+
+@pytest.mark.parametrize("name", ["deepspeed_1", "deepspeed_2_offload", "deepspeed_3", "fsdp2"])
+def test_bf16_is_that_of_one_process(home, half, name):
+    ours = curve(home / "half" if (home / "half").exists() else run(home, half, "half", 1))
+    path = run(home, half, f"half on {name}", 2, *GIVEN[name])
+    # ZeRO 3 sums gradients of bf16 activations in another order.
+    assert curve(path) == pytest.approx(ours, abs=4e-3 if "3" in name else 1e-5)
+    kept = read_checkpoint(by_step(path / "checkpoints")[-1])
+    assert {tensor.dtype for tensor in kept["state_dict"].values()} == {torch.float32}
+
+
+CHAIN = [
+    ("ddp", 2),
+    ("ddp", 1),
+    ("ddp", 2),
+    ("deepspeed_2", 2),
+    ("deepspeed_2", 1),
+    ("deepspeed_3", 1),
+    ("deepspeed_3, all divided", 2),
+    ("deepspeed_2", 2),
+    ("fsdp2", 2),
+    ("deepspeed_3", 2),
+    ("fsdp2", 1),
+    ("ddp", 2),
+    ("fsdp2, offloaded", 2),
+    ("deepspeed_1", 2),
+    ("deepspeed_3_offload", 2),
+    ("deepspeed_2_offload", 2),
+]
+
+
+def test_a_run_goes_on_on_other_ranks_and_under_other_strategies(home, recipe, alone):
+    """One optimizer step each: it is to stop from the beginning."""
+    for step, (name, world) in enumerate(CHAIN, start=1):
+        options = [*GIVEN[name], "--resume=must" if step > 1 else "--resume=auto"]
+        path = stopped(home, recipe, "chain", world, *options)
+        assert by_step(path / "checkpoints")[-1].name == f"step-{step:08d}.ckpt"
+    assert curve(path) == pytest.approx(curve(alone)[: len(CHAIN)], abs=1e-5)
+
+
+def stopped(home: Path, recipe: Path, name: str, world: int, *options: str) -> Path:
+    args = ["fit", "-c", str(recipe), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
+    args += [f"--trainer.devices={world}", *options]
+    log, env = home / f"{name}.log", {"MMFUSION_DEADLINE": "1"}
+    codes = (
+        jobs.run_ranks(args, log, world, env=env) if world > 1 else [jobs.run(args, log, env=env)]
+    )
+    assert set(codes) == {75}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
+    return home / name
+
+
+def test_every_weight_of_an_llm_trains_divided(home):
+    """Embeddings, head and all, tied and not."""
+    full = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 3e-3, "weight_decay": 0.1}}
+    path = write_recipe(
+        home, trainer__max_steps=6, model__tuning={"input_projectors": full, "llm": full}
+    )
+    ours = curve(run(home, path, "full", 1))
+    for name in ("fsdp2", "deepspeed_3, all divided", "deepspeed_2"):
+        found = run(
+            home, path, f"full on {name}", 2, *GIVEN[name], "--data.packs_per_micro_batch=1"
+        )
+        assert curve(found) == pytest.approx(ours, abs=2e-5)
+
+
+def test_names_are_lightnings_too(home, recipe, capsys):
+    assert set(OURS) | {"ddp"} == set(get_args(Strategy))
+    said = refused(capsys, recipe, "--strategy=ddp", "--trainer.strategy=fsdp2")
+    assert "strategy is ddp and trainer.strategy is set as well" in said
+    config = yaml.safe_load(recipe.read_text()) | {"strategy": "deepspeed_4"}
+    wrong = home / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        refused(capsys, wrong)
+    assert "deepspeed_4" in capsys.readouterr().err
