@@ -1,4 +1,4 @@
-"""Every strategy trains as one process does: losses, gradients, weights, checkpoints, and a run that
+"""Every strategy trains as one process does: losses, gradients, weights, checkpoints; and a run
 goes on under another one.
 """
 
@@ -12,15 +12,15 @@ from typing import get_args
 
 import pytest
 import torch
-import yaml
 
+from mmfusion.cli import main
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.strategies.names import OURS, Strategy
 from tests.training import jobs
-from tests.training.tiny import losses, refused, write_recipe
+from tests.training.tiny import losses, write_recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -125,8 +125,8 @@ def half(home: Path) -> Path:
 def test_bf16_is_that_of_one_process(home, half, name):
     ours = curve(home / "half" if (home / "half").exists() else run(home, half, "half", 1))
     path = run(home, half, f"half on {name}", 2, *GIVEN[name])
-    # ZeRO 3 sums gradients of bf16 activations in another order.
-    assert curve(path) == pytest.approx(ours, abs=4e-3 if "3" in name else 1e-5)
+    # ZeRO 3 has linear layers of its own, and sums gradients in another order: of rounding in bf16.
+    assert curve(path) == pytest.approx(ours, rel=2**-8 if "3" in name else 1e-6)
     kept = read_checkpoint(by_step(path / "checkpoints")[-1])
     assert {tensor.dtype for tensor in kept["state_dict"].values()} == {torch.float32}
 
@@ -167,7 +167,7 @@ def stopped(home: Path, recipe: Path, name: str, world: int, *options: str) -> P
     codes = (
         jobs.run_ranks(args, log, world, env=env) if world > 1 else [jobs.run(args, log, env=env)]
     )
-    assert set(codes) == {75}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
+    assert set(codes) <= {0, 75}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
     return home / name
 
 
@@ -175,23 +175,23 @@ def test_every_weight_of_an_llm_trains_divided(home):
     """Embeddings, head and all, tied and not."""
     full = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 3e-3, "weight_decay": 0.1}}
     path = write_recipe(
-        home, trainer__max_steps=6, model__tuning={"input_projectors": full, "llm": full}
+        home,
+        trainer__max_steps=6,
+        model__tuning={"input_projectors": full, "llm": full},
+        data__packs_per_micro_batch=1,
     )
     ours = curve(run(home, path, "full", 1))
     for name in ("fsdp2", "deepspeed_3, all divided", "deepspeed_2"):
-        found = run(
-            home, path, f"full on {name}", 2, *GIVEN[name], "--data.packs_per_micro_batch=1"
-        )
+        found = run(home, path, f"full on {name}", 2, *GIVEN[name])
         assert curve(found) == pytest.approx(ours, abs=2e-5)
 
 
 def test_names_are_lightnings_too(home, recipe, capsys):
     assert set(OURS) | {"ddp"} == set(get_args(Strategy))
-    said = refused(capsys, recipe, "--strategy=ddp", "--trainer.strategy=fsdp2")
-    assert "strategy is ddp and trainer.strategy is set as well" in said
-    config = yaml.safe_load(recipe.read_text()) | {"strategy": "deepspeed_4"}
-    wrong = home / "wrong.yaml"
-    wrong.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
-        refused(capsys, wrong)
-    assert "deepspeed_4" in capsys.readouterr().err
+        main(["fit", "-c", str(recipe), "--strategy=ddp", "--trainer.strategy=fsdp2"])
+    said = capsys.readouterr().err
+    assert "strategy is ddp and trainer.strategy is set as well" in said
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(recipe), "--strategy=deepspeed_4"])
+    assert "deepspeed_2_offload" in capsys.readouterr().err

@@ -72,11 +72,9 @@ class FSDP2(ModelParallelStrategy):
         self._setup_distributed()
         # Lightning's own hands the mesh to a module, which has none yet where ranks agree on a
         # checkpoint.
-        mesh = {
-            "mesh_shape": (self.world_size, 1),
-            "mesh_dim_names": ("data_parallel", "tensor_parallel"),
-        }
-        self._device_mesh = init_device_mesh(self.root_device.type, **mesh)
+        names = ("data_parallel", "tensor_parallel")
+        shape = (self.world_size, 1)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     # ---- the model
 
@@ -169,8 +167,9 @@ class FSDP2(ModelParallelStrategy):
         return {**found, "state": state}
 
     def _gathered(self, value: Tensor) -> Tensor:
-        whole = value.to(self.root_device).full_tensor() if isinstance(value, DTensor) else value
-        return on_one(whole, self.is_global_zero)
+        if isinstance(value, DTensor):
+            value = cast(DTensor, value.to(self.root_device)).full_tensor()
+        return on_one(value, self.is_global_zero)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

@@ -107,14 +107,14 @@ class ZeRO(DeepSpeedStrategy):
                 f"trainer.precision is {given}; ZeRO trains in {' or '.join(PRECISIONS)}."
             )
         if given == "bf16-mixed":
-            # As under DDP: what trains, its gradients and what is sent of it stay in fp32. DeepSpeed
-            # switches off an autocast that is not its own.
+            # As under DDP: what trains, its gradients and what is sent of it stay in fp32.
+            # DeepSpeed switches off an autocast that is not its own.
             cast(dict[str, Any], self.config)["torch_autocast"] = {
                 "enabled": True,
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],
             }
-        self.precision_plugin = _Precision(given)
+        self.precision_plugin = _Precision(cast(Any, given))
         os.environ.setdefault("LOCAL_SIZE", str(self.num_processes))  # else numactl is asked
         DDPStrategy.setup_environment(self)
 
