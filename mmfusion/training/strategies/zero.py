@@ -77,7 +77,7 @@ class ZeRO(DeepSpeedStrategy):
             pin_memory=torch.cuda.is_available(),
             process_group_backend=process_group_backend,
         )
-        self.stage = stage
+        self.stage, self.offload = stage, offload
         own = cast(dict[str, Any], self.config)
         own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
         _lay_over(own, _fields(config))
@@ -164,6 +164,9 @@ class ZeRO(DeepSpeedStrategy):
         with _left_out(self._frozen):
             refuse_half(self._module)
             refuse_numbers(model)
+            if self.stage == 3:
+                self._divide()
+                model.to(self.root_device)
             engine, optimizer, _, _ = deepspeed.initialize(
                 config=self.config,
                 model=model,
@@ -184,6 +187,19 @@ class ZeRO(DeepSpeedStrategy):
             optimizer.persistent_parameters += [p for p in self._whole if p not in known]
             self._gather_whole()
         return engine, optimizer
+
+    def _divide(self) -> None:
+        """The LLM, weight by weight as they come from their file, where they are left as long.
+
+        DeepSpeed by itself moves all of it to the device first.
+        """
+        import deepspeed
+
+        options = {"config_dict_or_path": self.config, "remote_device": self.offload}
+        init = deepspeed.zero.Init(nn.Module(), **options)
+        for parameter in self._module.model.llm.parameters():
+            parameter.data = parameter.data.to(self.root_device, copy=True)
+            init._convert_to_zero_parameters([parameter])
 
     def _gather_whole(self) -> None:
         if self._whole:

@@ -1,0 +1,83 @@
+"""An LLM that is divided is whole on no rank: its weights stay in their file until each rank has
+taken its share.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from tests.models.tiny import save_llm
+from tests.training import jobs
+from tests.training.tiny import write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Peak(L.Callback):
+    """The most that building and dividing take, until the first step."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.over = Path(folder), threading.Event()
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        self.before = self.peak = own_memory()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.005):
+            self.peak = max(self.peak, own_memory())
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.over.set()
+        self.watch.join()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / str(trainer.global_rank)).write_text(str(self.peak - self.before))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    options = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24}
+    save_llm(folder / "large", **options)
+    return folder
+
+
+def peaks(home: Path, strategy: str, llm: str) -> list[int]:
+    """Of a run of one step, by rank."""
+    path = write_recipe(
+        home,
+        trainer__max_steps=1,
+        model__llm__init_args__path=f"{home}/{llm}",
+        model__tuning__llm__init_args__targets=["q_proj"],
+        data__packs_per_micro_batch=1,
+        data__packs_per_step=2,
+        model__schedule={"warmup_steps": 0},
+    )
+    name = f"{strategy}-{llm}"
+    watch = {"class_path": f"{__name__}.Peak", "init_args": {"folder": f"{home}/{name}"}}
+    args = ["fit", "-c", str(path), f"--run_dir={home}/run-{name}", "--timeout_minutes=2"]
+    args += [f"--trainer.callbacks=[{json.dumps(watch)}]", "--trainer.devices=2"]
+    codes = jobs.run_ranks([*args, f"--strategy={strategy}"], home / f"{name}.log", 2)
+    assert codes == [0, 0], "".join(p.read_text() for p in home.glob(f"{name}.[01]"))
+    return [int((home / name / f"{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_3"])
+def test_no_rank_holds_the_whole_llm(home, strategy):
+    size = (home / "large" / "model.safetensors").stat().st_size
+    libraries = min(peaks(home, strategy, "llm"))
+    for peak in peaks(home, strategy, "large"):
+        assert 0.4 * size < peak - libraries < 0.8 * size, (peak, libraries, size)
