@@ -514,6 +514,6 @@ def test_an_idle_item_of_a_stored_encoder_keeps_its_projector_in_the_graph(
     empty = collate([], data.processor)
     output = module.model(empty)
     assert empty.media["image"].idle
-    output.idle.backward()
+    output.hidden_states.sum().backward()
     projector = module.model.input_projectors["image"]
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
