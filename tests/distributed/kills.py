@@ -575,9 +575,8 @@ def main(args: Sequence[str] | None = None) -> list[Case]:
     one = Setting("auto", 1)
     cases = [Case(str(setting), [setting]) for setting in two]
     if not given.no_mixed:
-        cases.append(Case(str(one), [one]))
         others = [Setting(name, ranks) for name in names for ranks in (1, 2)]
-        cases.append(Case("changing", [one, *others]))
+        cases = [Case("changing", [one, *others]), Case(str(one), [one]), *cases]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     jobs.CONTEXT.set_forkserver_preload([*jobs.PRELOAD, "deepspeed"])  # seconds of each start
     began = time.monotonic()
