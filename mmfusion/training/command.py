@@ -235,7 +235,7 @@ class RecipeCommand(LightningCLI):
         start = agree(self.trainer, RESUME_FROM, lambda: self._find(run))
         step, made = 0, None
         if start:
-            made = self._made_by(start) if leads else None
+            made = self._made_by(start, recipe) if leads else None
             checkpoint = read_checkpoint(start, "meta")
             step = int(checkpoint["global_step"])
             self.model.resume(checkpoint["state_dict"])
@@ -275,9 +275,9 @@ class RecipeCommand(LightningCLI):
             log.info(f"{path} was fetched from {remote.url}")
         return find(run.path, self.config.resume)
 
-    def _made_by(self, start: Path) -> manifest.Manifest | None:
+    def _made_by(self, start: Path, recipe: Mapping[str, Any]) -> manifest.Manifest | None:
         """The manifest of the checkpoint to go on from; None where it is older than manifests."""
-        made, here = manifest.read(start), fingerprint(self.recipe())
+        made, here = manifest.read(start), fingerprint(recipe)
         there = made.about.get("recipe", here) if made else here
         if there != here and not self.config.allow_recipe_change:
             log.warning(f"{start} was made with another recipe (fingerprint {there}, here {here})")

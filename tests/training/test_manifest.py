@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmfusion.training import manifest
+from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.remote import RemoteCopy
 from mmfusion.training.resume import (
@@ -207,6 +208,20 @@ def test_folders_and_files_are_of_one_order_and_kept_alike(
         directory.set_aside(2, attempt)
     assert find(tmp_path) == file
     assert (attempt.path / "earlier_checkpoints" / two.name / "manifest.json").is_file()
+
+
+def test_retention_removes_folders_too_and_what_was_not_finished(tmp_path: Path) -> None:
+    keeper = RunCheckpoint(keep_last=2, keep_every_n_steps=2)
+    keeper.folder = tmp_path / "checkpoints"
+    folders = [folder_of(tmp_path, step) for step in (1, 2, 3, 4, 5)]
+    torn = folder_of(tmp_path, 6)
+    (torn / "manifest.json").unlink()
+    keeper._published(folders[-1])
+    assert by_step(keeper.folder) == [folders[1], *folders[3:]]
+    assert {path.name for path in keeper.folder.iterdir()} == {
+        "latest", "step-00000002", "step-00000004", "step-00000005"
+    }  # fmt: skip
+    assert (keeper.folder / "latest").read_text() == "step-00000005\n"
 
 
 def test_folders_are_copied_to_another_place_and_back(tmp_path: Path) -> None:
