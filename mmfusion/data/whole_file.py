@@ -42,11 +42,13 @@ def naming(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_whole(path: str) -> Iterator[BinaryIO]:
-    """Open a new file that gets the name ``path`` when the block ends without an exception."""
+    """Open a new file, to write and read, that gets the name ``path`` when the block ends without
+    an exception.
+    """
     temporary = temporary_path(path)
     try:
         with naming(path):
-            with open(temporary, "xb") as file:
+            with open(temporary, "x+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
 from mmfusion.training.checkpoint import FOLDER, read_checkpoint
-from mmfusion.training.resume import by_step, complete_checkpoint, why_incomplete
+from mmfusion.training.resume import by_step, complete_checkpoint, step_of, why_incomplete
 
 STATE_KEY = "mmfusion.stream"
 
@@ -91,7 +91,7 @@ def load_stream_state(checkpoint: str | Path, step: int) -> StreamState:
     earlier = [
         path
         for path in by_step(Path(checkpoint) / FOLDER)
-        if int(path.stem.removeprefix("step-")) <= step and why_incomplete(path) is None
+        if step_of(path) <= step and why_incomplete(path) is None
     ]
     path = complete_checkpoint(earlier[-1] if earlier else checkpoint, "--checkpoint")
     callbacks = read_checkpoint(path, "meta").get("callbacks", {})

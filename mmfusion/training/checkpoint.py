@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
 
 from mmfusion.data.whole_file import write_whole
+from mmfusion.training import manifest
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -41,6 +42,7 @@ class AtomicCheckpointIO(CheckpointIO):
     Attributes:
         behind: training goes on while a checkpoint is written; only its copy in the host's memory
             is waited for.
+        about: what its manifest says (:class:`mmfusion.training.manifest.Manifest`).
         done: called when a checkpoint has its name, in the thread that wrote it.
         failed: what kept the last one from being written. Where ``raises`` is not set, it is only
             found here: one rank writes, and the others would wait for it.
@@ -48,6 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self) -> None:
         self.behind = False
+        self.about: dict[str, Any] = {}
         self.done: Callable[[Path], None] = lambda path: None
         self.raises = True
         self.failed: OSError | None = None
@@ -57,7 +60,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write ``checkpoint`` aside, flush it, rename it to ``path``.
+        """Write ``checkpoint`` aside with its manifest, flush it, rename it to ``path``.
 
         Raises:
             ValueError: where it holds a value that could not be read back without running code.
@@ -68,15 +71,16 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             self.wait()
             if self.behind:
-                self._writing = self._thread.submit(self._write, _copy(checkpoint), Path(path))
+                given = _copy(checkpoint), Path(path), self.about
+                self._writing = self._thread.submit(self._write, *given)
             else:
-                self._write(checkpoint, Path(path))
+                self._write(checkpoint, Path(path), self.about)
         except OSError as error:
             self.failed = error
             if self.raises:
                 raise
 
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _write(self, checkpoint: dict[str, Any], path: Path, about: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(str(path)) as file:
             try:
@@ -85,6 +89,8 @@ class AtomicCheckpointIO(CheckpointIO):
                 if isinstance(error.__context__, OSError):  # the archive could not be closed either
                     raise error.__context__ from None
                 raise
+            weights = sum(tensor.numel() for tensor in checkpoint.get("state_dict", {}).values())
+            manifest.add(file, {**about, "weights": weights})
         self.done(path)
 
     @property

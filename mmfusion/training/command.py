@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
 from mmfusion.stopping import stopping_at_once
+from mmfusion.training import manifest
 from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
@@ -48,7 +49,7 @@ from mmfusion.training.recipe_parser import (
     refuse_functions,
 )
 from mmfusion.training.resume import by_step, complete_checkpoint, find
-from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, recipe_of
+from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies import names as strategies
 from mmfusion.training.strategies.fsdp2 import FSDP2
@@ -244,8 +245,9 @@ class RecipeCommand(LightningCLI):
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
         start = agree(self.trainer, RESUME_FROM, lambda: self._find(run))
-        step = 0
+        step, made = 0, None
         if start:
+            made = self._made_by(start, recipe) if leads else None
             checkpoint = read_checkpoint(start, "meta")
             step = int(checkpoint["global_step"])
             self.model.resume(checkpoint["state_dict"])
@@ -260,6 +262,8 @@ class RecipeCommand(LightningCLI):
         with run.open(recipe, step) if leads else nullcontext() as attempt, stopping_at_once():
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
+                allow = self.config.allow_recipe_change
+                self._checkpointing().start(run.id, recipe, made, allow)
             self._progress().attempt = attempt
             self._show_samples(SamplePages(run.path, "val"))
             if not self._own_loggers():
@@ -282,6 +286,14 @@ class RecipeCommand(LightningCLI):
         if remote and wanted and (path := remote.fetch_newest(run.checkpoints)):
             log.info(f"{path} was fetched from {remote.url}")
         return find(run.path, self.config.resume)
+
+    def _made_by(self, start: Path, recipe: Mapping[str, Any]) -> manifest.Manifest | None:
+        """The manifest of the checkpoint to go on from; None where it is older than manifests."""
+        made, here = manifest.read(start), fingerprint(recipe)
+        there = made.about.get("recipe", here) if made else here
+        if there != here and not self.config.allow_recipe_change:
+            log.warning(f"{start} was made with another recipe (fingerprint {there}, here {here})")
+        return made
 
     def _checkpointing(self) -> RunCheckpoint:
         callbacks = cast(Any, self.trainer).callbacks

@@ -11,7 +11,7 @@ from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.resume import by_step, complete_checkpoint
+from mmfusion.training.resume import by_step, complete_checkpoint, step_of
 from mmfusion.training.run import RunDirectory
 
 
@@ -49,11 +49,12 @@ def load_module(run_dir: str | Path, step: int | None = None) -> MultimodalModul
             + "".join(f"; {config.parent} is one" for config in run.path.glob("*/config.yaml"))
             + "."
         )
-    chosen = run.path if step is None else run.checkpoints / f"step-{step:08d}.ckpt"
-    if step is not None and not chosen.is_file():
-        there = [int(path.stem.removeprefix("step-")) for path in by_step(run.checkpoints)]
-        raise FileNotFoundError(f"{run.path} has no checkpoint of step {step}; it has {there}.")
-    path = complete_checkpoint(chosen, "loading")
+    there = {step_of(path): path for path in by_step(run.checkpoints)}
+    if step is not None and step not in there:
+        raise FileNotFoundError(
+            f"{run.path} has no checkpoint of step {step}; it has {list(there)}."
+        )
+    path = complete_checkpoint(run.path if step is None else there[step], "loading")
     with isolate_rng():
         # What was trained on stored features is used on new media.
         module = RecipeCommand("", ["--config", str(run.config)], stored=False).model

@@ -11,7 +11,8 @@ from typing import Any
 import fsspec
 
 from mmfusion.data.whole_file import publish, temporary_path
-from mmfusion.training.resume import STEP_NAME
+from mmfusion.training.manifest import MANIFEST, parse, read
+from mmfusion.training.resume import STEP_NAME, step_of
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +45,32 @@ class RemoteCopy:
                 if path.name not in there:
                     self._copy(path)
             for name in there - {path.name for path in paths}:
-                self._files.rm_file(posixpath.join(self._folder, name))
+                self._remove(name)
         except Exception as error:  # of any package behind fsspec
             log.warning("not copied to %s: %s: %s", self.url, type(error).__name__, error)
 
     def _copy(self, path: Path) -> None:
-        aside = posixpath.join(self._folder, f".{path.name}.part")
-        self._files.put_file(str(path), aside)
-        if (size := self._files.size(aside)) != path.stat().st_size:
-            raise OSError(f"{aside} has {size} bytes, {path} {path.stat().st_size}")
-        self._files.mv(aside, posixpath.join(self._folder, path.name))
+        """A file under another name first; of a folder the manifest last."""
+        if not path.is_dir():
+            aside = self._at(f".{path.name}.part")
+            self._put(path, aside)
+            self._files.mv(aside, self._at(path.name))
+            return
+        for name in [*self._listed(path), MANIFEST]:
+            self._files.makedirs(posixpath.dirname(self._at(path.name, name)), exist_ok=True)
+            self._put(path / name, self._at(path.name, name))
+
+    def _put(self, path: Path, there: str) -> None:
+        self._files.put_file(str(path), there)
+        if (size := self._files.size(there)) != path.stat().st_size:
+            raise OSError(f"{there} has {size} bytes, {path} {path.stat().st_size}")
+
+    def _remove(self, name: str) -> None:
+        if name.endswith(".ckpt"):
+            self._files.rm_file(self._at(name))
+        else:  # where this is cut short it is one that was not finished
+            self._files.rm_file(self._at(name, MANIFEST))
+            self._files.rm(self._at(name), recursive=True)
 
     def fetch_newest(self, folder: Path) -> Path | None:
         """Copy the newest checkpoint into a folder; None where there is none.
@@ -61,25 +78,44 @@ class RemoteCopy:
         Raises:
             OSError: where the place cannot be read.
         """
-        names = sorted(self._names(), key=_step)
+        names = sorted(self._names(), key=lambda name: (step_of(Path(name)), name))
         if not names:
             return None
         path = folder / names[-1]
         folder.mkdir(parents=True, exist_ok=True)
-        aside = temporary_path(str(path))
-        self._files.get_file(posixpath.join(self._folder, names[-1]), aside)
-        publish(aside, str(path))
+        if path.suffix == ".ckpt":
+            self._get(self._at(path.name), path)
+        else:
+            path.mkdir(exist_ok=True)
+            self._get(self._at(path.name, MANIFEST), aside := path / f".{MANIFEST}")
+            for name in parse(aside.read_bytes()).files:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                self._get(self._at(path.name, name), path / name)
+            publish(str(aside), str(path / MANIFEST))
         return path
 
+    def _get(self, there: str, path: Path) -> None:
+        aside = temporary_path(str(path))
+        self._files.get_file(there, aside)
+        publish(aside, str(path))
+
+    def _listed(self, path: Path) -> list[str]:
+        made = read(path)
+        assert made is not None
+        return list(made.files)
+
+    def _at(self, *names: str) -> str:
+        return posixpath.join(self._folder, *names)
+
     def _names(self) -> set[str]:
+        """Those that are finished."""
         if not self._files.exists(self._folder):
             return set()
         entries: list[Any] = self._files.ls(self._folder, detail=False)
         names = {posixpath.basename(str(entry).rstrip("/")) for entry in entries}
-        return {name for name in names if STEP_NAME.fullmatch(name)}
-
-
-def _step(name: str) -> int:
-    match = STEP_NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
+        return {
+            name
+            for name in names
+            if STEP_NAME.fullmatch(name)
+            and (name.endswith(".ckpt") or self._files.exists(self._at(name, MANIFEST)))
+        }

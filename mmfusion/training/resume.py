@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-import zipfile
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from mmfusion.paths import expand
-from mmfusion.training.checkpoint import FOLDER, REQUIRED_KEYS
+from mmfusion.training import manifest
+from mmfusion.training.checkpoint import FOLDER, REQUIRED_KEYS, UNFINISHED
 
 log = logging.getLogger(__name__)
 
-STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
+STEP_NAME = re.compile(r"step-(\d+)(?:\.ckpt)?")
+"""Of a checkpoint: a file, ``step-00000100.ckpt``, or a folder, ``step-00000100``."""
 
 
 def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "auto") -> Path | None:
@@ -56,31 +59,64 @@ def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "aut
         )
     if mode == "must":
         raise FileNotFoundError(
-            f"--resume must, but {folder} has no checkpoint (step-*.ckpt). Check --run_dir, or "
+            f"--resume must, but {folder} has no checkpoint (step-*). Check --run_dir, or "
             "start with --resume auto."
         )
     return None
 
 
 def by_step(folder: str | Path) -> list[Path]:
-    """Checkpoints of a folder, by step, oldest first."""
-    found = {
-        int(match[1]): path
-        for path in Path(folder).glob("step-*.ckpt")
-        if (match := STEP_NAME.fullmatch(path.name))
-    }
-    return [found[step] for step in sorted(found)]
+    """Checkpoints of a folder, by step, oldest first; not those that were not finished."""
+    found = [path for path in Path(folder).glob("step-*") if STEP_NAME.fullmatch(path.name)]
+    return sorted(filter(_is_finished, found), key=lambda path: (step_of(path), path.name))
+
+
+def step_of(path: Path) -> int:
+    """That a checkpoint's name says."""
+    match = STEP_NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def unfinished(folder: str | Path) -> Iterator[Path]:
+    """What killed saves and removals left behind."""
+    yield from Path(folder).glob(UNFINISHED)
+    for path in Path(folder).glob("step-*/"):
+        if STEP_NAME.fullmatch(path.name) and not _is_finished(path):
+            yield path
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; where that is cut short, it is one that was not finished."""
+    if path.is_dir():
+        (path / manifest.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _is_finished(path: Path) -> bool:
+    """A folder without a manifest is not; a file has its name since it was."""
+    return (path / manifest.MANIFEST).is_file() if path.is_dir() else path.suffix == ".ckpt"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint rather than a run directory."""
+    return bool(STEP_NAME.fullmatch(path.name)) or (path / manifest.MANIFEST).is_file()
 
 
 def why_incomplete(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: readable to the last byte (checksums), made by
-    us, and of the step its name says.
+    """What is wrong with a checkpoint, or None: as its manifest says to the last byte, made by us,
+    and of the step its name says.
     """
     path = Path(path)
+    if defect := manifest.verify(path):
+        return defect
+    if path.is_dir():
+        made = manifest.read(path)
+        assert made is not None
+        return _other_step(path, made.about.get("step"))
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                return f"checksum of {damaged} differs"
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that only their code could read"
@@ -93,14 +129,16 @@ def why_incomplete(path: str | Path) -> str | None:
     for key in ("state_dict", "callbacks"):
         if not isinstance(content[key], dict):
             return f"has a {type(content[key]).__name__} as its {key}, not a dict"
+    return _other_step(path, content["global_step"])
+
+
+def _other_step(path: Path, step: object) -> str | None:
     match = STEP_NAME.fullmatch(path.name)
-    if match and int(match[1]) != content["global_step"]:
-        return f"holds step {content['global_step']}"
-    return None
+    return f"holds step {step}" if match and int(match[1]) != step else None
 
 
 def complete_checkpoint(path: str | Path, asked_by: str) -> Path:
-    """The checkpoint a path names: the file itself, or a run directory's newest complete one.
+    """The checkpoint a path names: itself, or a run directory's newest complete one.
 
     Args:
         path: a checkpoint or a run directory.
@@ -111,14 +149,14 @@ def complete_checkpoint(path: str | Path, asked_by: str) -> Path:
         ValueError: it is not complete.
     """
     path = Path(expand(path))
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         if (found := find(path, "auto")) is None:
             raise FileNotFoundError(
-                f"{asked_by} {path}: the run has no checkpoint ({path / FOLDER}/step-*.ckpt). "
+                f"{asked_by} {path}: the run has no checkpoint ({path / FOLDER}/step-*). "
                 "Train it until its first checkpoint, or name another run."
             )
         return found
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{asked_by} {path}: no such file or folder; expected a checkpoint or a run directory."
         )

@@ -6,7 +6,7 @@
     run.json         stable id (also W&B's), when it was made, versions
     status.json      running | finished | failed | interrupted | preempted, step, attempt, reason
     attempts/0001/   command, machine and log of each start
-    checkpoints/     step-00000100.ckpt ... and ``latest``
+    checkpoints/     step-00000100.ckpt (or a folder, step-00000100) ... and ``latest``
     metrics.csv, quarantine.jsonl, wandb/
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ from mmfusion.paths import expand
 from mmfusion.stopping import RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.loggers import hide_secrets
-from mmfusion.training.resume import STEP_NAME, by_step
+from mmfusion.training.resume import by_step, remove, step_of, unfinished
 
 ATTEMPTS = "attempts"
 State = Literal["running", "finished", "failed", "interrupted", "preempted"]
@@ -156,10 +157,12 @@ class RunDirectory:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        for torn in self.checkpoints.glob(UNFINISHED):
+        for torn in [*self.path.glob(UNFINISHED), *self.path.glob(f"{ATTEMPTS}/*/{UNFINISHED}")]:
             torn.unlink()
+        for torn in unfinished(self.checkpoints):
+            remove(torn)
         if not self.identity.exists():
-            content = {"id": secrets.token_hex(4), "created": _now(), "versions": _versions()}
+            content = {"id": secrets.token_hex(4), "created": now(), "versions": versions()}
             replace_text(self.identity, json.dumps(content, indent=2))
         _ = self.id  # refused here where it is damaged, before anything moves
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
@@ -197,7 +200,7 @@ class RunDirectory:
         """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that
         no later resume mixes them with this attempt's.
         """
-        newer = [p for p in by_step(self.checkpoints) if _step(p) > after_step]
+        newer = [p for p in by_step(self.checkpoints) if step_of(p) > after_step]
         for path in newer:
             target = attempt.path / "earlier_checkpoints" / path.name
             target.parent.mkdir(exist_ok=True)
@@ -244,12 +247,12 @@ class Attempt:
             logging.getLogger(name).addHandler(self._handler)
         about = {
             "command": hide_secrets(sys.argv),
-            "started": _now(),
+            "started": now(),
             "step": self.step,
             "host": platform.node(),
             "pid": os.getpid(),
             "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-            "versions": _versions(),
+            "versions": versions(),
         }
         replace_text(self.path / "attempt.json", json.dumps(about, indent=2))
         self.write("running")
@@ -290,7 +293,7 @@ class Attempt:
             "step": self.step,
             "attempt": self.number,
             "reason": hide_secrets(reason),
-            "updated": _now(),
+            "updated": now(),
         }
         replace_text(self.run.status_file, json.dumps(content, indent=2))
 
@@ -321,6 +324,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
             yield f"{key}: {old!r} -> {new!r}"
 
 
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """Of the keys that change what is trained: the same for two recipes without
+    :func:`differences`.
+    """
+    kept = {key: value for key, value in _flatten(recipe) if not _is_free(key)}
+    # What is not named is None, as where two recipes are compared.
+    text = json.dumps({k: x for k, x in kept.items() if x is not None}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _is_free(key: str) -> bool:
     if key.startswith("model.generators.") and key.rpartition(".")[2] in ONLY_DRAWN:
         return True
@@ -335,19 +348,15 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", item
 
 
-def _step(path: Path) -> int:
-    match = STEP_NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
-
-
-def _now() -> str:
+def now() -> str:
+    """To the second, with the time zone."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
     found = {"python": platform.python_version()}
-    for name in ("mmfusion", "torch", "lightning", "transformers", "peft"):
+    for name in ("mmfusion", "torch", "lightning", "transformers", "peft", "deepspeed"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

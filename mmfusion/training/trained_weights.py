@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mmfusion.kept_weights import check_meaning, meaning, take_rows
+from mmfusion.training import manifest
 from mmfusion.training.checkpoint import (
     kept_state,
     load_kept,
@@ -23,6 +24,7 @@ from mmfusion.training.checkpoint import (
     trained_names,
     unused_names,
 )
+from mmfusion.training.frozen_weights import fingerprints, other_weights
 from mmfusion.training.resume import complete_checkpoint
 
 if TYPE_CHECKING:
@@ -101,10 +103,16 @@ def _without(dropped: Sequence[str], state: dict[str, Tensor], path: Path) -> di
 
 
 def load_own(module: MultimodalModule, path: str | Path) -> None:
-    """Load a checkpoint of this recipe, to use or evaluate it."""
+    """Load a checkpoint of this recipe, to use or evaluate it; frozen weights that are others than
+    it was trained with are told.
+    """
     checkpoint = read_checkpoint(path)
     check_own(module, checkpoint)
     load_kept(module, checkpoint["state_dict"], str(path))
+    module.inherited = set(checkpoint["state_dict"]) - trained_names(module)
+    if (made := manifest.read(path)) is not None:
+        for line in other_weights(made.about.get("frozen", {}), fingerprints(module)):
+            log.warning("%s was trained with other frozen weights: %s", path, line)
 
 
 def check_own(module: MultimodalModule, checkpoint: Mapping[str, Any]) -> None:

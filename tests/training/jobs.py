@@ -12,7 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.training.tiny", "mmfusion.training.command", "transformers"])
+PRELOAD = ["tests.training.tiny", "mmfusion.training.command", "transformers"]
+CONTEXT.set_forkserver_preload(PRELOAD)
 ROOT = str(Path(__file__).parents[2])
 
 

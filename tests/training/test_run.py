@@ -176,8 +176,13 @@ def test_torn_files_of_a_killed_save_are_removed(tmp_path):
     torn = tmp_path / FOLDER / ".step-00000002.ckpt.1-ab.tmp"
     torn.parent.mkdir()
     torn.write_bytes(b"x")
-    with run.open(RECIPE):
+    with run.open(RECIPE) as attempt:
         assert not torn.exists()
+    others = [tmp_path / ".status.json.1-ab.tmp", attempt.path / ".attempt.json.1-ab.tmp"]
+    for other in others:
+        other.write_bytes(b"x")
+    with run.open(RECIPE):
+        assert not any(other.exists() for other in others)
 
 
 def test_what_matters_only_when_media_are_made_may_differ_between_two_starts() -> None:

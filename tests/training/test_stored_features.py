@@ -28,6 +28,7 @@ from mmfusion.models.generators.base import DENOISER, TEXT_ENCODER, VAE
 from mmfusion.models.generators.stable_diffusion import StableDiffusion
 from mmfusion.processing.stored import FEATURES, item_file
 from mmfusion.tools.describe import description
+from mmfusion.training import manifest
 from mmfusion.training.rebuild import from_recipe
 from mmfusion.training.stored_parts import weights_of
 from tests.make_debug import make_debug
@@ -122,6 +123,9 @@ def test_a_run_on_stored_features_goes_on_exactly(
 ) -> None:
     half = cache / "half"
     shutil.copytree(stored, half)
+    made = manifest.read(half / "checkpoints" / "step-00000005.ckpt")
+    assert made is not None
+    assert set(made.about["frozen"]) == {"llm"}, "data.features tells the encoder by itself"
     (half / "checkpoints" / "step-00000008.ckpt").unlink()
     changed = "--allow_recipe_change"  # where the packs are recorded
     stage1(cache, "half", f"--data.features={features}", changed)

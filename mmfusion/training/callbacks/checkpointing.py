@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -14,17 +15,20 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from mmfusion.data.datamodule import data_of
 from mmfusion.stopping import STOPPING, RunInterrupted
 from mmfusion.training.checkpoint import (
     FOLDER,
     LATEST,
-    UNFINISHED,
     AtomicCheckpointIO,
     replace_text,
 )
+from mmfusion.training.frozen_weights import divided, fingerprints, other_weights
+from mmfusion.training.manifest import Manifest
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.remote import RemoteCopy
-from mmfusion.training.resume import by_step
+from mmfusion.training.resume import by_step, remove, step_of, unfinished
+from mmfusion.training.run import fingerprint, now, versions
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,8 @@ class RunCheckpoint(Checkpoint):
     """Saves the run every ``every_n_steps`` optimizer steps, at its end and when it is asked to
     stop.
 
-    Each checkpoint is a file of its own, ``checkpoints/step-00000100.ckpt``; the small file
+    Each checkpoint is a file of its own, ``checkpoints/step-00000100.ckpt``, or a folder where its
+    strategy writes one, with a manifest (:mod:`mmfusion.training.manifest`); the small file
     ``latest`` names the newest and moves after it is complete; old ones go after that. A first
     Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finishes the step, saves and stops; a second Ctrl-C or
     SIGTERM stops at once.
@@ -82,11 +87,32 @@ class RunCheckpoint(Checkpoint):
         self.behind = behind
         self.remote = RemoteCopy(remote) if remote else None
         self.folder = Path(FOLDER)
+        self._made: dict[str, Any] = {}
+        self._before: Manifest | None = None
+        self._allow_change = False
         self._saved_step = -1
         self._signal = 0
         self._deadline = math.inf
         self._stopping: RunInterrupted | None = None
         self._handlers: dict[int, Any] = {}
+
+    def start(
+        self,
+        run: str,
+        recipe: Mapping[str, Any],
+        before: Manifest | None,
+        allow_change: bool = False,
+    ) -> None:
+        """What manifests are to say and frozen weights are compared with. Rank 0 alone calls it.
+
+        Args:
+            run: its id.
+            recipe: resolved.
+            before: of the checkpoint that the run goes on from.
+            allow_change: go on though frozen weights are others.
+        """
+        self._made = {"run": run, "recipe": fingerprint(recipe), "versions": versions()}
+        self._before, self._allow_change = before, allow_change
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""
@@ -95,7 +121,8 @@ class RunCheckpoint(Checkpoint):
         self._deadline = float(os.environ.get(DEADLINE) or "inf")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals (after Lightning set its own)."""
+        """Compare frozen weights; take over the signals (after Lightning set its own)."""
+        self._check_frozen(trainer, cast(MultimodalModule, pl_module))
         self._saved_step = trainer.global_step
         for number in STOPPING:
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
@@ -161,6 +188,7 @@ class RunCheckpoint(Checkpoint):
             log.warning("step %d is not saved: the checkpoint before is still written", step)
             return
         files.behind, files.done, files.raises = self.behind, self._published, False
+        files.about = self._about(trainer)
         trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt", weights_only=False)
         if final and files.failed is None:
             try:
@@ -171,6 +199,38 @@ class RunCheckpoint(Checkpoint):
             raise files.failed or OSError(told)
         self._saved_step = step
         trainer.strategy.barrier("RunCheckpoint.save")
+
+    def _check_frozen(self, trainer: L.Trainer, module: MultimodalModule) -> None:
+        """Refuse to go on with other frozen weights than before."""
+        leads, changed = trainer.is_global_zero, ""
+        frozen = fingerprints(module, leads) if leads or divided(module) else {}
+        self._made |= {"frozen": frozen}
+        if self._before is not None:
+            changed = "\n  ".join(other_weights(self._before.about.get("frozen", {}), frozen))
+            if changed and self._allow_change:
+                log.warning("frozen weights are others than before:\n  %s", changed)
+                changed = ""
+        if not (changed := str(trainer.strategy.broadcast(changed))):
+            return
+        raise ValueError(
+            "frozen weights are others than those that this run has trained with so far:\n  "
+            f"{changed}\nPut back what was there (of a hub id: set its revision to the commit), "
+            "start a new run with model.init_from, or go on with these by --allow_recipe_change."
+        )
+
+    def _about(self, trainer: L.Trainer) -> dict[str, Any]:
+        strategy = cast(Any, trainer.strategy)
+        name = getattr(strategy, "strategy_name", type(strategy).__name__)
+        stage = getattr(strategy, "stage", None)
+        sources = data_of(trainer).state.spec.sources
+        return {
+            **self._made,
+            "step": trainer.global_step,
+            "written": now(),
+            "world_size": trainer.world_size,
+            "strategy": name if stage is None else f"{name} stage {stage}",
+            "data": {source.name: source.dataset_id for source in sources},
+        }
 
     def _files(self, trainer: L.Trainer) -> AtomicCheckpointIO:
         return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
@@ -183,12 +243,11 @@ class RunCheckpoint(Checkpoint):
             self.remote.take(by_step(self.folder))
 
     def _remove_old(self) -> None:
-        for torn in self.folder.glob(UNFINISHED):
-            torn.unlink()
+        for torn in unfinished(self.folder):
+            remove(torn)
         for path in by_step(self.folder)[: -self.keep_last]:
-            step = int(path.stem.removeprefix("step-"))
-            if not self.keep_every_n_steps or step % self.keep_every_n_steps:
-                path.unlink()
+            if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
+                remove(path)
 
     def _asked(self) -> int:
         """Whether this rank is to stop."""
