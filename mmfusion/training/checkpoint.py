@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
 
 from mmfusion.data.whole_file import write_whole
-from mmfusion.training import manifest
+from mmfusion.training import manifest, sharded
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -93,6 +93,27 @@ class AtomicCheckpointIO(CheckpointIO):
             manifest.add(file, {**about, "weights": weights})
         self.done(path)
 
+    def save_shards(
+        self, checkpoint: Mapping[str, Any], folder: Path, rank: int, world: int
+    ) -> dict[str, manifest.Entry]:
+        """Write what this rank holds of a checkpoint, and on rank 0 the rest of it.
+
+        Returns:
+            The entries of these files for the manifest, without which the folder is not finished.
+
+        Raises:
+            ValueError: as :meth:`save_checkpoint`.
+            OSError: where they cannot be written.
+        """
+        rest, shares = sharded.split(checkpoint, rank, world)
+        names = [sharded.write(folder, rank, shares)]
+        if rank == 0:
+            _check_plain(rest, "")
+            names.append(sharded.REST)
+            with write_whole(str(folder / sharded.REST)) as file:
+                torch.save(rest, file)
+        return {name: manifest.entry(folder / name) for name in names}
+
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -124,8 +145,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def read_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint file, refusing anything but plain data."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """Load a checkpoint, of one file or of shards, refusing anything but plain data."""
+    if not Path(path).is_dir():
+        return torch.load(path, map_location=device, weights_only=True)
+    rest = torch.load(Path(path, sharded.REST), map_location="cpu", weights_only=True)
+    return sharded.joined(path, rest, device)
 
 
 def _copy(value: Any) -> Any:
@@ -173,7 +197,7 @@ def trained_names(module: nn.Module) -> set[str]:
     return (trains | buffers) & set(module.state_dict())
 
 
-def kept_state(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def kept_state(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The entries to save, without the rest of a larger storage that an entry is a view of."""
     kept = set(names)
     return {name: _compact(state[name]) for name in state if name in kept}
@@ -244,7 +268,9 @@ def _owner_trains(module: nn.Module, buffer: str) -> bool:
     return False
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def _compact(tensor: Tensor | sharded.Part) -> Tensor | sharded.Part:
+    if isinstance(tensor, sharded.Part):
+        return tensor
     tensor = tensor.detach()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

@@ -54,7 +54,7 @@ STRATEGIES = {
     "zero3": [
         ZERO,
         "--trainer.strategy.stage=3",
-        "--trainer.strategy.options={stage3_param_persistence_threshold: 0}",
+        "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ],
 }
 """Options of each strategy."""

@@ -16,7 +16,7 @@ import torch
 from mmfusion.cli import main
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
-from mmfusion.training.resume import by_step
+from mmfusion.training.resume import by_step, why_incomplete
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.strategies.names import OURS, Strategy
 from tests.training import jobs
@@ -195,3 +195,31 @@ def test_names_are_lightnings_too(home, recipe, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(recipe), "--strategy=deepspeed_4"])
     assert "deepspeed_2_offload" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "deepspeed_2", "deepspeed_3", "deepspeed_3, all divided", "fsdp2"]
+)
+def test_shards_are_the_checkpoint_of_one_process(home, recipe, alone, together, name):
+    """Written by both ranks, read whole, and gone on from on one rank."""
+    options = [*GIVEN[name], "--checkpoint.sharded=true"]
+    path = stopped(home, recipe, f"shards on {name}", 2, *options)
+    folder = path / "checkpoints" / "step-00000001"
+    assert {file.name for file in folder.iterdir()} == {
+        "manifest.json",
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        "rest.ckpt",
+    }
+    assert why_incomplete(folder) is None
+    shards = read_checkpoint(folder)
+    single = stopped(home, recipe, f"single on {name}", 2, *GIVEN[name])
+    whole = read_checkpoint(by_step(single / "checkpoints")[-1])
+    assert set(shards) == set(whole)
+    torch.testing.assert_close(shards["state_dict"], whole["state_dict"], atol=0, rtol=0)
+    (one,), (two,) = shards["optimizer_states"], whole["optimizer_states"]
+    torch.testing.assert_close(one["state"], two["state"], atol=0, rtol=0)
+    assert one["param_groups"] == two["param_groups"]
+    assert read_checkpoint(folder, "meta")["state_dict"].keys() == whole["state_dict"].keys()
+    stopped(home, recipe, f"shards on {name}", 1, "--resume=must")
+    assert curve(path) == pytest.approx(curve(alone)[:2], abs=1e-5)

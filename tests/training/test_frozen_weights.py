@@ -20,7 +20,7 @@ from tests.training import jobs
 from tests.training.tiny import fit, losses, refused, write_recipe
 
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
-DIVIDED = "--trainer.strategy.options={stage3_param_persistence_threshold: 0}"
+DIVIDED = "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 
 
 class Parts(nn.Module):

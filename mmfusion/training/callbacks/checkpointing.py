@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.stopping import STOPPING, RunInterrupted
+from mmfusion.training.agreement import gather
 from mmfusion.training.checkpoint import (
     FOLDER,
     LATEST,
@@ -24,7 +25,7 @@ from mmfusion.training.checkpoint import (
     replace_text,
 )
 from mmfusion.training.frozen_weights import divided, fingerprints, other_weights
-from mmfusion.training.manifest import Manifest
+from mmfusion.training.manifest import Entry, Manifest, write
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.remote import RemoteCopy
 from mmfusion.training.resume import by_step, remove, step_of, unfinished
@@ -57,6 +58,8 @@ class RunCheckpoint(Checkpoint):
         behind: write while training goes on. A step then waits for a copy in the host's memory
             alone, which takes as much of that as the checkpoint takes on disk; where one is still
             being written when the next is due, that one is left out. The last one is waited for.
+        sharded: a folder of files, one of each rank, in place of one file that rank 0 gathers: for
+            large LLMs that train whole. Any number of ranks goes on from it.
         remote: a folder that each checkpoint is copied to as well, as fsspec names it
             (``s3://bucket/runs/mine``, ``/other/disk``); where the run directory has none, the run
             goes on from there. A copy that fails is told, and does not stop the run.
@@ -68,6 +71,7 @@ class RunCheckpoint(Checkpoint):
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
         behind: bool = False,
+        sharded: bool = False,
         remote: str | None = None,
     ) -> None:
         if every_n_steps < 1:
@@ -84,7 +88,10 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
+        if behind and sharded:
+            raise ValueError("checkpoint.behind and checkpoint.sharded are both set; give one.")
         self.behind = behind
+        self.sharded = sharded
         self.remote = RemoteCopy(remote) if remote else None
         self.folder = Path(FOLDER)
         self._made: dict[str, Any] = {}
@@ -118,6 +125,8 @@ class RunCheckpoint(Checkpoint):
         """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""
         self.folder = Path(trainer.default_root_dir) / FOLDER
         cast(MultimodalModule, pl_module).flags["stop"] = self._asked
+        if hasattr(trainer.strategy, "sharded"):
+            trainer.strategy.sharded = self.sharded
         self._deadline = float(os.environ.get(DEADLINE) or "inf")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -184,6 +193,11 @@ class RunCheckpoint(Checkpoint):
         if step == self._saved_step:
             return
         files = self._files(trainer)
+        if self.sharded:
+            self._save_shards(trainer)
+            self._saved_step = step
+            trainer.strategy.barrier("RunCheckpoint.save")
+            return
         if not final and bool(trainer.strategy.broadcast(files.busy)):
             log.warning("step %d is not saved: the checkpoint before is still written", step)
             return
@@ -199,6 +213,30 @@ class RunCheckpoint(Checkpoint):
             raise files.failed or OSError(told)
         self._saved_step = step
         trainer.strategy.barrier("RunCheckpoint.save")
+
+    def _save_shards(self, trainer: L.Trainer) -> None:
+        """Each rank its file; rank 0 finishes the folder where all have written theirs."""
+        folder = self.folder / f"step-{trainer.global_step:08d}"
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        rank, world = trainer.global_rank, trainer.world_size
+        written: dict[str, Entry] | str
+        try:
+            written = self._files(trainer).save_shards(checkpoint, folder, rank, world)
+        except OSError as error:
+            written = f"rank {rank}: {error}"
+        everyone = gather([written])
+        if failed := [told for told in everyone if isinstance(told, str)]:
+            raise OSError("; ".join(failed))
+        told = ""
+        if trainer.is_global_zero:
+            entries = {name: one for each in everyone for name, one in cast(Any, each).items()}
+            try:
+                write(folder, entries, self._about(trainer))
+                self._published(folder)
+            except OSError as error:
+                told = str(error)
+        if told := str(trainer.strategy.broadcast(told)):
+            raise OSError(told)
 
     def _check_frozen(self, trainer: L.Trainer, module: MultimodalModule) -> None:
         """Refuse to go on with other frozen weights than before."""

@@ -8,6 +8,7 @@ the whole module, its losses included: so ranks gather as often, whichever media
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,9 +22,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
     frozen_parts,
     on_one,
@@ -58,6 +61,7 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.offload, self.reshard = offload, reshard
+        self.sharded = False
 
     @property
     def _module(self) -> MultimodalModule:
@@ -166,10 +170,16 @@ class FSDP2(ModelParallelStrategy):
         }
         return {**found, "state": state}
 
-    def _gathered(self, value: Tensor) -> Tensor:
+    def _gathered(self, value: Tensor) -> Tensor | Part:
+        if self.sharded and isinstance(value, DTensor):
+            shape = tuple(value.shape)
+            _, (row, *_) = compute_local_shape_and_global_offset(
+                shape, value.device_mesh, value.placements
+            )
+            return Part(shape, row * math.prod(shape[1:]), value.to_local())
         if isinstance(value, DTensor):
             value = cast(DTensor, value.to(self.root_device)).full_tensor()
-        return on_one(value, self.is_global_zero)
+        return value if self.sharded else on_one(value, self.is_global_zero)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

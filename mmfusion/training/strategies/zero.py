@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmfusion.paths import expand
 from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
     frozen_parts,
     on_one,
@@ -77,7 +78,7 @@ class ZeRO(DeepSpeedStrategy):
             pin_memory=torch.cuda.is_available(),
             process_group_backend=process_group_backend,
         )
-        self.stage, self.offload = stage, offload
+        self.stage, self.offload, self.sharded = stage, offload, False
         own = cast(dict[str, Any], self.config)
         own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
         _lay_over(own, _fields(config))
@@ -258,6 +259,9 @@ class ZeRO(DeepSpeedStrategy):
 
         state, kept = self._module.state_dict(keep_vars=True), {}
         for name in sorted((trained_names(self._module) | self._module.inherited) & set(state)):
+            if self.sharded:
+                kept[name] = self._held(state[name])
+                continue
             away = [p for p in [state[name]] if p.numel() == 0]  # not those that are kept whole
             with deepspeed.zero.GatheredParameters(away):
                 kept[name] = on_one(state[name], self.is_global_zero)
@@ -269,7 +273,7 @@ class ZeRO(DeepSpeedStrategy):
 
         self._link_states()
         inner, groups = optimizer.optimizer, []
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Tensor | Part]] = {}
         one: dict[str, Tensor] = next(iter(inner.state.values()), {})
         for group, options in zip(self._module.groups, inner.param_groups, strict=True):
             first = len(state)
@@ -277,11 +281,33 @@ class ZeRO(DeepSpeedStrategy):
                 state[len(state)] = {
                     key: value.clone()
                     if key == "step"
+                    else self._held_state(parameter, key)
+                    if self.sharded
                     else on_one(safe_get_full_optimizer_state(parameter, key), self.is_global_zero)
                     for key, value in one.items()
                 }
             groups.append({**options, "params": [*range(first, len(state))]})
         return {"state": state, "param_groups": groups}
+
+    def _held(self, weight: Any) -> Tensor | Part:
+        """Of a weight, what this rank has."""
+        if weight.numel() or not hasattr(weight, "ds_id"):
+            return cast(Tensor, weight.detach())
+        share = weight.ds_tensor
+        return Part(tuple(weight.ds_shape), self.global_rank * share.numel(), share.detach())
+
+    def _held_state(self, parameter: Any, key: str) -> Part:
+        """Of the optimizer's state of a weight, what this rank has."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_optimizer_state
+
+            share = safe_get_local_optimizer_state(parameter, key)
+            return Part(tuple(parameter.ds_shape), self.global_rank * share.numel(), share)
+        shape, mapping = tuple(parameter.shape), parameter._hp_mapping
+        if mapping is None:
+            return Part(shape, 0, parameter.new_empty(0, dtype=torch.float32))
+        start = mapping.lp_fragment_address.start
+        return Part(shape, start, mapping.get_optim_state_fragment(key))
 
     def _link_states(self) -> None:
         """To their parameters; stages 1 and 2 do so by themselves for the first group alone."""

@@ -1,0 +1,190 @@
+"""Checkpoints in shards: each rank writes the numbers that it holds.
+
+A tensor is flattened; a share of it is a row of its numbers from a place on. That is what ZeRO
+deals out, what FSDP2's first dimension comes to, and what is dealt out here of a tensor that every
+rank has whole. So a folder of shares says nothing of the strategy or the number of ranks that wrote
+it. Each file is a safetensors file whose header says where its shares begin.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARES = "rank-{rank:05d}.safetensors"
+REST = "rest.ckpt"
+"""All but the shares: counters, the stream's state, the names and shapes of what is shared."""
+PLACES = "places"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a tensor.
+
+    Attributes:
+        name: of the tensor.
+        start: place of the first number in the flattened tensor.
+        values: (n,), of any floating or integer type.
+    """
+
+    name: str
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a tensor, in the place of the tensor in a checkpoint.
+
+    Attributes:
+        shape: of the whole tensor.
+        start: place of the first number in the flattened tensor.
+        values: flattened; what is beyond the tensor's end is padding.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+def _share(name: str, value: Tensor | Part, rank: int, world: int) -> Share:
+    """This rank's; of a tensor that every rank has whole, as much as the others'."""
+    if isinstance(value, Part):
+        count = max(0, min(value.values.numel(), math.prod(value.shape) - value.start))
+        return Share(name, value.start, value.values.reshape(-1)[:count])
+    flat = value.detach().reshape(-1)
+    each = math.ceil(len(flat) / world)
+    return Share(name, min(rank * each, len(flat)), flat[rank * each : (rank + 1) * each])
+
+
+def write(folder: Path, rank: int, shares: Iterable[Share]) -> str:
+    """A rank's file, flushed to disk; its name."""
+    tensors, places = {}, {}
+    for share in shares:
+        if len(share.values):
+            tensors[share.name] = share.values.detach().to("cpu").contiguous()
+            places[share.name] = share.start
+    name = SHARES.format(rank=rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / name, metadata={PLACES: json.dumps(places)})
+    with open(folder / name, "rb+") as file:
+        os.fsync(file.fileno())
+    return name
+
+
+class Shares:
+    """What all ranks wrote.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: where a file cannot be read as such.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._rows: dict[str, list[tuple[int, int, Path]]] = {}
+        for path in sorted(Path(folder).glob(SHARES.replace("{rank:05d}", "*"))):
+            try:
+                with safe_open(path, "pt") as file:
+                    places = json.loads((file.metadata() or {})[PLACES])
+                    for name in file.keys():  # noqa: SIM118 (it is no dict)
+                        start, (count,) = int(places[name]), file.get_slice(name).get_shape()
+                        self._rows.setdefault(name, []).append((start, start + count, path))
+            except (SafetensorError, LookupError, ValueError, TypeError) as error:
+                raise ValueError(f"{path} holds no shares of a checkpoint: {error}") from None
+        for rows in self._rows.values():
+            rows.sort(key=lambda row: row[:2])
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Numbers of a tensor.
+
+        Args:
+            name: of the tensor.
+            start: place of the first, in the flattened tensor.
+            stop: place after the last.
+
+        Returns:
+            (stop - start,), on the CPU.
+
+        Raises:
+            ValueError: where no rank wrote some of them.
+        """
+        found, place = [], start
+        for begins, ends, path in self._rows.get(name, []):
+            if begins <= place < min(ends, stop):
+                with safe_open(path, "pt") as file:
+                    row = file.get_slice(name)[place - begins : min(ends, stop) - begins]
+                found.append(row)
+                place += len(row)
+        if place < stop:
+            raise ValueError(
+                f"the checkpoint's shares of {name} end at {place}, expected numbers up to {stop}; "
+                "it is not whole. Use another one."
+            )
+        return torch.cat(found) if len(found) != 1 else found[0]
+
+
+def split(
+    checkpoint: Mapping[str, Any], rank: int, world: int
+) -> tuple[dict[str, Any], list[Share]]:
+    """A checkpoint without its weights and optimizer state but for their shapes, and this rank's
+    shares of these: of ``state_dict/<name>`` and ``optimizer/<place>/<key>``.
+    """
+    found: dict[str, Tensor | Part] = {
+        f"state_dict/{name}": value for name, value in checkpoint["state_dict"].items()
+    }
+    (saved,) = checkpoint["optimizer_states"]
+    kept: dict[Any, dict[str, Any]] = {}
+    for place, one in saved["state"].items():
+        for key, value in one.items():
+            if isinstance(value, Part) or (isinstance(value, Tensor) and value.ndim):
+                found[f"optimizer/{place}/{key}"] = value
+            else:
+                kept.setdefault(place, {})[key] = value
+    rest = {
+        **checkpoint,
+        "state_dict": {},
+        "optimizer_states": [{**saved, "state": kept}],
+        "shapes": {name: [_dtype(value), *value.shape] for name, value in found.items()},
+    }
+    return rest, [_share(name, value, rank, world) for name, value in found.items()]
+
+
+def _dtype(value: Tensor | Part) -> str:
+    tensor = value.values if isinstance(value, Part) else value
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def joined(folder: str | Path, rest: Mapping[str, Any], device: Any = "cpu") -> dict[str, Any]:
+    """The checkpoint that :func:`split` took apart, with whole tensors.
+
+    Args:
+        folder: of the checkpoint.
+        rest: what :data:`REST` holds.
+        device: ``meta`` reads no numbers.
+    """
+    found: dict[str, Any] = {**rest, "state_dict": {}}
+    shares = None if str(device) == "meta" else Shares(folder)
+    for name, (dtype, *shape) in found.pop("shapes").items():
+        if shares is None:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        else:
+            tensor = shares.read(name, 0, math.prod(shape)).reshape(shape).to(device)
+        kind, _, key = name.partition("/")
+        if kind == "state_dict":
+            found["state_dict"][key] = tensor
+        else:
+            place, _, key = key.partition("/")
+            found["optimizer_states"][0]["state"].setdefault(int(place), {})[key] = tensor
+    return found
