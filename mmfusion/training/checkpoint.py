@@ -144,12 +144,19 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint, of one file or of shards, refusing anything but plain data."""
+def read_checkpoint(path: str | Path, device: Any = "cpu", unread: bool = False) -> dict[str, Any]:
+    """Load a checkpoint, of one file or of shards, refusing anything but plain data.
+
+    Args:
+        path: of the file or the folder.
+        device: where tensors go: ``cpu``, or ``meta`` for their shapes alone.
+        unread: of shards, read a tensor when it is asked for.
+    """
     if not Path(path).is_dir():
         return torch.load(path, map_location=device, weights_only=True)
     rest = torch.load(Path(path, sharded.REST), map_location="cpu", weights_only=True)
-    return sharded.joined(path, rest, device)
+    found = sharded.joined(path, rest, numbers=str(device) != "meta")
+    return found if unread else sharded.read(found)
 
 
 def _copy(value: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,25 +166,77 @@ def _dtype(value: Tensor | Part) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def joined(folder: str | Path, rest: Mapping[str, Any], device: Any = "cpu") -> dict[str, Any]:
-    """The checkpoint that :func:`split` took apart, with whole tensors.
+class Unread(Mapping[Any, Any]):
+    """Tensors by name, each read when it is asked for, and kept by nobody.
+
+    Args:
+        shares: to read them from; None gives tensors without numbers.
+        shapes: dtype and shape by name, as :func:`split` notes them.
+        names: what the tensors are called in ``shapes``, by their names here.
+        beside: other values by name.
+    """
+
+    def __init__(
+        self,
+        shares: Shares | None,
+        shapes: Mapping[str, Any],
+        names: dict[Any, str],
+        beside: Mapping[Any, Any],
+    ) -> None:
+        self._shares, self._shapes, self._names, self._beside = shares, shapes, names, beside
+
+    def __getitem__(self, name: Any) -> Any:
+        if name in self._beside:
+            return self._beside[name]
+        kind, *shape = self._shapes[self._names[name]]
+        if self._shares is None:
+            return torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+        return self._shares.read(self._names[name], 0, math.prod(shape)).reshape(shape)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([*self._beside, *self._names])
+
+    def __len__(self) -> int:
+        return len(self._beside) + len(self._names)
+
+
+def joined(folder: str | Path, rest: Mapping[str, Any], numbers: bool = True) -> dict[str, Any]:
+    """The checkpoint that :func:`split` took apart, its tensors unread.
 
     Args:
         folder: of the checkpoint.
         rest: what :data:`REST` holds.
-        device: ``meta`` reads no numbers.
+        numbers: False gives tensors on the meta device.
     """
-    found: dict[str, Any] = {**rest, "state_dict": {}}
-    shares = None if str(device) == "meta" else Shares(folder)
-    for name, (dtype, *shape) in found.pop("shapes").items():
-        if shares is None:
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        else:
-            tensor = shares.read(name, 0, math.prod(shape)).reshape(shape).to(device)
+    shapes, shares = rest["shapes"], Shares(folder) if numbers else None
+    weights: dict[str, str] = {}
+    states: dict[int, dict[str, str]] = {}
+    for name in shapes:
         kind, _, key = name.partition("/")
         if kind == "state_dict":
-            found["state_dict"][key] = tensor
+            weights[key] = name
         else:
             place, _, key = key.partition("/")
-            found["optimizer_states"][0]["state"].setdefault(int(place), {})[key] = tensor
-    return found
+            states.setdefault(int(place), {})[key] = name
+    (saved,) = rest["optimizer_states"]
+    state = {
+        place: Unread(shares, shapes, states.get(place, {}), saved["state"].get(place, {}))
+        for place in sorted({*states, *saved["state"]})
+    }
+    found = {name: value for name, value in rest.items() if name != "shapes"}
+    return {
+        **found,
+        "state_dict": Unread(shares, shapes, weights, {}),
+        "optimizer_states": [{**saved, "state": state}],
+    }
+
+
+def read(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same with all of its tensors."""
+    (saved,) = checkpoint["optimizer_states"]
+    state = {place: dict(one) for place, one in saved["state"].items()}
+    return {
+        **checkpoint,
+        "state_dict": dict(checkpoint["state_dict"]),
+        "optimizer_states": [{**saved, "state": state}],
+    }

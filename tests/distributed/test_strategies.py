@@ -221,5 +221,6 @@ def test_shards_are_the_checkpoint_of_one_process(home, recipe, alone, together,
     torch.testing.assert_close(one["state"], two["state"], atol=0, rtol=0)
     assert one["param_groups"] == two["param_groups"]
     assert read_checkpoint(folder, "meta")["state_dict"].keys() == whole["state_dict"].keys()
-    stopped(home, recipe, f"shards on {name}", 1, "--resume=must")
-    assert curve(path) == pytest.approx(curve(alone)[:2], abs=1e-5)
+    stopped(home, recipe, f"shards on {name}", 1, "--resume=must", "--checkpoint.sharded=true")
+    stopped(home, recipe, f"shards on {name}", 2, *options, "--resume=must")
+    assert curve(path) == pytest.approx(curve(alone)[:3], abs=1e-5)

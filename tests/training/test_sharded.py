@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mmfusion.training.sharded import PLACES, Part, Share, Shares, joined, split, write
+from mmfusion.training.sharded import PLACES, Part, Share, Shares, joined, read, split, write
 
 WEIGHT = torch.arange(35.0).reshape(7, 5)
 
@@ -31,13 +32,14 @@ def test_what_was_split_is_joined(tmp_path, world):
         rest, shares = split(checkpoint(), rank, world)
         write(tmp_path, rank, shares)
     assert not any(isinstance(value, torch.Tensor) for value in rest["state_dict"].values())
-    found = joined(tmp_path, rest)
+    found = read(joined(tmp_path, rest))
     wanted = checkpoint()
     torch.testing.assert_close(found["state_dict"], wanted["state_dict"], atol=0, rtol=0)
     (one,), (two,) = found["optimizer_states"], wanted["optimizer_states"]
     torch.testing.assert_close(one["state"], two["state"], atol=0, rtol=0)
-    assert found["global_step"] == 3 and set(found) == set(wanted)
-    meta = joined(tmp_path / "nowhere", rest, "meta")
+    assert found["global_step"] == 3
+    assert set(found) == set(wanted)
+    meta = joined(tmp_path / "nowhere", rest, numbers=False)
     assert meta["state_dict"]["half"].shape == (1, 5)
     assert meta["state_dict"]["half"].dtype == torch.bfloat16
 
@@ -56,7 +58,7 @@ def test_a_part_is_written_without_its_padding(tmp_path):
 def test_any_numbers_are_read_from_any_cuts(tmp_path_factory, cuts, start, stop):
     folder = tmp_path_factory.mktemp("cuts")
     row, edges = torch.arange(40), [0, *sorted(cuts), 40]
-    for rank, (begins, ends) in enumerate(zip(edges, edges[1:], strict=False)):
+    for rank, (begins, ends) in enumerate(pairwise(edges)):
         write(folder, rank, [Share("row", begins, row[begins:ends])])
     if start < stop:
         assert Shares(folder).read("row", start, stop).equal(row[start:stop])

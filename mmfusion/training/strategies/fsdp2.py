@@ -24,10 +24,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mmfusion.training.checkpoint import trained_names
+from mmfusion.training.checkpoint import read_checkpoint, trained_names
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
+    fill,
     frozen_parts,
     on_one,
     refuse_answers,
@@ -193,11 +194,11 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Not by Lightning's sharded form."""
-        return DDPStrategy.load_checkpoint(cast(Any, self), checkpoint_path, weights_only)
+        return read_checkpoint(checkpoint_path, unread=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """As on one process."""
-        DDPStrategy.load_model_state_dict(cast(Any, self), checkpoint, strict)
+        """Weight by weight."""
+        fill(self._module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its share of what it has read."""

@@ -6,6 +6,7 @@ the same order. Whatever runs more often on one rank than on another stays whole
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -86,3 +87,13 @@ def refuse_half(module: MultimodalModule) -> None:
 def on_one(value: Tensor, here: bool) -> Tensor:
     """A gathered tensor in the memory of the rank that writes it; empty on the others."""
     return value.detach().to("cpu", copy=True) if here else value.detach().new_empty(0)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a module that is not divided yet its trained weights, one after the other: where they
+    are in shards, no two of them are read at once.
+    """
+    own = module.state_dict(keep_vars=True)
+    for name, weight in weights.items():
+        own[name].copy_(weight)

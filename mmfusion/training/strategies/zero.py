@@ -22,10 +22,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from mmfusion.paths import expand
-from mmfusion.training.checkpoint import trained_names
+from mmfusion.training.checkpoint import read_checkpoint, trained_names
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
+    fill,
     frozen_parts,
     on_one,
     refuse_answers,
@@ -328,11 +329,11 @@ class ZeRO(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Not by the engine."""
-        return DDPStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        return read_checkpoint(checkpoint_path, unread=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """As without ZeRO."""
-        DDPStrategy.load_model_state_dict(self, checkpoint, strict)
+        """Weight by weight."""
+        fill(self._module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its share; every rank must call it."""
