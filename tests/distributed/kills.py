@@ -464,6 +464,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
         else:
             assert done, f"{case.name}: kills do not come while a checkpoint is written"
         finished(run)
+        case.seen["gone on"] = case.seen["kills"]  # in this run as in those before
         shutil.rmtree(run.home)
 
 
@@ -543,7 +544,8 @@ def table(cases: Sequence[Case]) -> str:
         "while starting": "starting",
         "while saving": "writing",
         "file torn": "torn file",
-        "resumed": "resumed",
+        "gone on": "gone on",
+        "from a checkpoint": "resumed",
         "runs finished": "runs",
     }
     rows = [["", *columns, "loss", "disk full"]]
