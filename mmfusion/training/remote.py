@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mmfusion.data.whole_file import publish, temporary_path
 from mmfusion.training.manifest import MANIFEST, parse, read
 from mmfusion.training.resume import STEP_NAME, step_of
 
+PART_NAME = re.compile(r"\.step-\d+\.ckpt\.part")
+"""Of a copy that is being made."""
 log = logging.getLogger(__name__)
 
 
@@ -36,16 +39,18 @@ class RemoteCopy:
 
     def take(self, paths: Sequence[Path]) -> None:
         """Copy those that are not there, the newest first, and remove those that are no more among
-        them. What fails is told.
+        them, and what copies that were cut short have left. What fails is told.
         """
         try:
             self._files.makedirs(self._folder, exist_ok=True)
-            there = self._names()
+            before, there = self._entries(), self._names()
             for path in reversed(paths):
                 if path.name not in there:
                     self._copy(path)
-            for name in there - {path.name for path in paths}:
-                self._remove(name)
+            stay = {path.name for path in paths}
+            for name in before - stay:
+                if STEP_NAME.fullmatch(name) or PART_NAME.fullmatch(name):
+                    self._remove(name)
         except Exception as error:  # of any package behind fsspec
             log.warning("not copied to %s: %s: %s", self.url, type(error).__name__, error)
 
@@ -66,10 +71,9 @@ class RemoteCopy:
             raise OSError(f"{there} has {size} bytes, {path} {path.stat().st_size}")
 
     def _remove(self, name: str) -> None:
-        if name.endswith(".ckpt"):
-            self._files.rm_file(self._at(name))
-        else:  # where this is cut short it is one that was not finished
-            self._files.rm_file(self._at(name, MANIFEST))
+        if self._files.exists(self._at(name, MANIFEST)):
+            self._files.rm_file(self._at(name, MANIFEST))  # cut short here, it was not finished
+        if self._files.exists(self._at(name)):
             self._files.rm(self._at(name), recursive=True)
 
     def fetch_newest(self, folder: Path) -> Path | None:
@@ -107,15 +111,18 @@ class RemoteCopy:
     def _at(self, *names: str) -> str:
         return posixpath.join(self._folder, *names)
 
-    def _names(self) -> set[str]:
-        """Those that are finished."""
+    def _entries(self) -> set[str]:
+        """Names of all that is there."""
         if not self._files.exists(self._folder):
             return set()
         entries: list[Any] = self._files.ls(self._folder, detail=False)
-        names = {posixpath.basename(str(entry).rstrip("/")) for entry in entries}
+        return {posixpath.basename(str(entry).rstrip("/")) for entry in entries}
+
+    def _names(self) -> set[str]:
+        """Those that are finished."""
         return {
             name
-            for name in names
+            for name in self._entries()
             if STEP_NAME.fullmatch(name)
             and (name.endswith(".ckpt") or self._files.exists(self._at(name, MANIFEST)))
         }

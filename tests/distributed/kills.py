@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.run import RunDirectory
 from tests.training import jobs
@@ -57,7 +58,8 @@ STRATEGIES = {
         "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ],
 }
-"""Options of each strategy."""
+"""Options of each strategy. Those that save in folders do not write behind training."""
+MANIFEST = "manifest.json"
 STEPS, EVERY, KEEP = 36, 3, 2
 LIMIT = 90.0
 """Seconds in which the ranks that are left have to end."""
@@ -96,6 +98,11 @@ class Case:
     @property
     def exact(self) -> bool:
         return len(self.settings) == 1
+
+    @property
+    def sharded(self) -> bool:
+        options = (option for one in self.settings for option in STRATEGIES[one.strategy])
+        return any(option.startswith("--checkpoint.sharded") for option in options)
 
     @property
     def reference(self) -> Setting:
@@ -144,7 +151,7 @@ class Run:
         self.path = self.home / "run"
         self.directory = RunDirectory(self.path)
         self.checkpoints = self.directory.checkpoints
-        self.options = [*options, f"--checkpoint.behind={str(case.behind).lower()}"]
+        self.options = [*options, *(["--checkpoint.behind=true"] if case.behind else [])]
         self.starts: list[int | None] = []
         """Of each start, the step it went on from; None where it was killed before that."""
         self.ranks: list[BaseProcess] = []
@@ -290,11 +297,17 @@ def watched(run: Run, there: Callable[[], bool]) -> bool:
 
 
 def unfinished(run: Run) -> list[str]:
-    """Files of checkpoints that have no name yet."""
+    """Files of checkpoints that have no name yet, and folders that have no manifest."""
     try:
-        return [name for name in os.listdir(run.checkpoints) if name.startswith(".step-")]
+        names = os.listdir(run.checkpoints)
     except FileNotFoundError:
         return []
+    return [
+        name
+        for name in names
+        if name.startswith(".step-")
+        or (re.fullmatch(r"step-\d+", name) and not (run.checkpoints / name / MANIFEST).exists())
+    ]
 
 
 def nobody_left(ranks: Sequence[BaseProcess]) -> None:
@@ -334,16 +347,28 @@ def look(run: Run) -> int:
 
 
 def named(folder: Path) -> list[Path]:
-    """Files with a checkpoint's name, by step."""
-    return sorted(path for path in folder.glob("step-*") if re.match(r"step-\d+\.ckpt$", path.name))
+    """What has a checkpoint's name, by step: files, and folders with a manifest."""
+    files = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+\.ckpt", path.name)]
+    folders = [path.parent for path in folder.glob(f"step-*/{MANIFEST}")]
+    return sorted([*files, *folders])
 
 
 def step_of(path: Path) -> int:
     return int(path.name[5:13])
 
 
+def size_of(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def read_by_hand(path: Path) -> dict[str, Any]:
-    """A checkpoint that is whole, without the program's own means."""
+    """A checkpoint that is whole, without the program's own means; but a folder is read by them."""
+    if path.is_dir():
+        made = json.loads((path / MANIFEST).read_text())
+        for name, entry in made["files"].items():
+            assert hashlib.sha256((path / name).read_bytes()).hexdigest() == entry["sha256"], path
+        return read_checkpoint(path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None, path
         (name,) = [name for name in archive.namelist() if name.endswith("manifest.json")]
@@ -359,11 +384,12 @@ def read_by_hand(path: Path) -> dict[str, Any]:
 def compare(run: Run, path: Path) -> None:
     """Weights and optimizer, with those of the uninterrupted run at the same step."""
     whole = run.kills.uninterrupted(run.case.reference)
-    ours, theirs = (read_by_hand(p) for p in (path, whole.checkpoints / path.name))
+    (right,) = [p for p in named(whole.checkpoints) if step_of(p) == step_of(path)]
+    ours, theirs = read_by_hand(path), read_by_hand(right)
     near = {"rtol": 0.0, "atol": 0.0} if run.case.exact else {"rtol": 1e-4, "atol": 1e-5}
     for key in ("state_dict", "optimizer_states"):
-        found, right = dict(tensors(ours[key])), dict(tensors(theirs[key]))
-        torch.testing.assert_close(found, right, **near, msg=lambda m: f"{path}: {m}")
+        found, known = dict(tensors(ours[key])), dict(tensors(theirs[key]))
+        torch.testing.assert_close(found, known, **near, msg=lambda m: f"{path}: {m}")
     stream = [one["callbacks"]["mmfusion.stream"] for one in (ours, theirs)]
     assert stream[0] == stream[1], path
 
@@ -448,7 +474,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
     """Run after run, until so many kills."""
     runs = 0
     while case.seen["kills"] < number or case.seen["writing"] < number // 2:
-        case.behind = bool(runs % 2)  # every other run writes behind training
+        case.behind = bool(runs % 2) and not case.sharded  # every other run, behind training
         run = Run(kills, case, f"{case.name.replace(' x ', '-')}-{runs}")
         runs, newest, done = runs + 1, 0, False
         while not done and case.seen["kills"] - number < number:
@@ -464,6 +490,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
         else:
             assert done, f"{case.name}: kills do not come while a checkpoint is written"
         finished(run)
+        case.seen["gone on"] = case.seen["kills"]  # in this run as in those before
         shutil.rmtree(run.home)
 
 
@@ -482,10 +509,9 @@ def full_disk(kills: Kills, case: Case) -> None:
     run.path.mkdir()
     with small_disk(run.path, "64m"):
         ranks = run.start(case.reference)
-        wanted = kills.draw.randrange(1, 5)
-        saved = [f"step-{n * EVERY:08d}.ckpt" for n in range(wanted, STEPS // EVERY)]
-        assert watched(run, lambda: any((run.checkpoints / name).exists() for name in saved))
-        size = named(run.checkpoints)[-1].stat().st_size
+        wanted = kills.draw.randrange(1, 5) * EVERY
+        assert watched(run, lambda: any(step_of(p) >= wanted for p in named(run.checkpoints)))
+        size = size_of(named(run.checkpoints)[-1])
         fill(run.path / "filler", kills.draw.randrange(size // 4096) * 4096)
         codes = ended(ranks, LIMIT)
         run.put_packs_aside()
@@ -543,7 +569,8 @@ def table(cases: Sequence[Case]) -> str:
         "while starting": "starting",
         "while saving": "writing",
         "file torn": "torn file",
-        "resumed": "resumed",
+        "gone on": "gone on",
+        "from a checkpoint": "resumed",
         "runs finished": "runs",
     }
     rows = [["", *columns, "loss", "disk full"]]
@@ -592,7 +619,7 @@ def main(args: Sequence[str] | None = None) -> list[Case]:
         elif may_mount(kills.folder / "llm"):
             for i, case in enumerate(cases):
                 if case.exact:
-                    case.behind = bool(i % 2)
+                    case.behind = bool(i % 2) and not case.sharded
                     full_disk(kills, case)
         else:
             print("SKIPPED: full disks, for mounting a small one needs root")

@@ -28,7 +28,7 @@ from mmfusion.training.frozen_weights import divided, fingerprints, other_weight
 from mmfusion.training.manifest import Entry, Manifest, write
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.remote import RemoteCopy
-from mmfusion.training.resume import by_step, remove, step_of, unfinished
+from mmfusion.training.resume import by_step, remove, step_of
 from mmfusion.training.run import fingerprint, now, versions
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,6 @@ class RunCheckpoint(Checkpoint):
             self.remote.take(by_step(self.folder))
 
     def _remove_old(self) -> None:
-        for torn in unfinished(self.folder):
-            remove(torn)
         for path in by_step(self.folder)[: -self.keep_last]:
             if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 remove(path)
