@@ -72,6 +72,11 @@ def by_step(folder: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a name of :func:`by_step` says."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def why_incomplete(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file, or None: readable to the last byte (checksums), made by
     us, and of the step its name says.
