@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -67,11 +68,9 @@ def broken(home: Path, samples: list[list[str]], *steps: int, **arguments: objec
     return write_recipe(home, model__objectives={"next_token": objective}, trainer__max_steps=STEPS)
 
 
-def run(
-    home: Path, recipe: Path, name: str, *options: str, world: int = 0, packs: str = "packs"
-) -> Path:
+def run(home: Path, recipe: Path, name: str, *options: str, world: int = 0) -> Path:
     """A run, of so many ranks under torchrun's environment, that ends as it should."""
-    codes = start(home, recipe, name, *options, world=world, packs=packs)
+    codes = start(home, recipe, name, *options, world=world)
     assert set(codes) == {0}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
     return home / name
 
@@ -83,12 +82,12 @@ def start(
     *options: str,
     world: int = 0,
     prepare: Callable[[], None] | None = None,
-    packs: str = "packs",
 ) -> list[int | None]:
-    """Its exit codes. What it sees is recorded beside its directory."""
+    """Its exit codes. What it sees, and none before it, is recorded beside its directory."""
+    shutil.rmtree(home / f"{name}-packs", ignore_errors=True)
     recorder = {
         "class_path": "tests.training.tiny.Recorder",
-        "init_args": {"folder": f"{home}/{name}-{packs}"},
+        "init_args": {"folder": f"{home}/{name}-packs"},
     }
     args = ["fit", "-c", str(recipe), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
     args += [f"--trainer.callbacks={json.dumps([recorder])}", *options]
@@ -412,13 +411,13 @@ def test_a_run_killed_around_going_back_goes_on_the_same(home, samples, planned,
     options = [*REWIND, *(DDP if world else [])]
     assert start(home, recipe, name, *REWIND, prepare=killed) == [-signal.SIGKILL]
     assert (home / name / "left_out.json").exists() != (killed is before_it_is_noted)
-    path = run(home, recipe, name, *options, world=world, packs="on")
+    path = run(home, recipe, name, *options, world=world)
     assert noted(path) == [WINDOW]
     assert curve(path) == (pytest.approx(planned, rel=1e-5) if world else planned)
     first = 8 if killed is behind_the_next_checkpoint else 4
     whole = [(step, samples[step + 3]) for step in range(first, STEPS)]
     again = [(step, samples[step]) for step in range(4, BAD + 1)]
-    found = history(home / f"{name}-on")
+    found = history(home / f"{name}-packs")
     assert found == (again + whole if killed is before_it_is_noted else whole)
 
 
@@ -440,16 +439,16 @@ def test_it_goes_back_again_and_to_the_start(home, samples, capsys):
     ]
     whole, saved = curve(path), checkpoint(path, STEPS)
     older = f"--resume={path}/checkpoints/step-00000004.ckpt"
-    run(home, recipe, "again", *options, older, packs="older")
-    assert history(home / "again-older") == [
+    run(home, recipe, "again", *options, older)
+    assert history(home / "again-packs") == [
         (step, samples[step + (4 if step < 6 else 5)]) for step in range(4, STEPS)
     ]
     assert curve(path) == whole
     assert checkpoint(path, STEPS)["callbacks"] == saved["callbacks"]
     assert [tuple(row.values()) for row in noted(path)] == windows
     over = ["--resume=none", "--guard.not_finite=skip"]
-    run(home, recipe, "again", *over, packs="over")
-    assert history(home / "again-over") == [(step, samples[step]) for step in range(STEPS)]
+    run(home, recipe, "again", *over)
+    assert history(home / "again-packs") == [(step, samples[step]) for step in range(STEPS)]
     assert not (path / "left_out.json").exists()
 
 
@@ -467,10 +466,8 @@ def test_the_command_itself_goes_back_and_so_do_its_ranks(home, samples, planned
     assert curve(path) == pytest.approx(planned, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_what_went_back_is_given_back_before_it_begins_again(home, samples, monkeypatch):
-    """Room for one model alone is there."""
-    made: list[weakref.ref] = []
+def room_for_one_model() -> None:
+    made: list[weakref.ref[Any]] = []
     begin = RecipeCommand.fit
 
     def watched(self: RecipeCommand) -> None:
@@ -478,9 +475,16 @@ def test_what_went_back_is_given_back_before_it_begins_again(home, samples, monk
         made.append(weakref.ref(self.model))
         begin(self)
 
-    monkeypatch.setattr(RecipeCommand, "fit", watched)
-    fit(broken(home, samples, BAD), f"--run_dir={home}/room", *REWIND)
-    assert len(made) == 2
+    RecipeCommand.fit = watched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_what_went_back_is_gone_before_it_begins_again(home, samples, name):
+    world, options = RANKS[name]
+    recipe, options = broken(home, samples, BAD), [*REWIND, *options]
+    codes = start(home, recipe, f"room-{name}", *options, world=world, prepare=room_for_one_model)
+    assert set(codes) == {0}
 
 
 def test_a_damaged_list_is_refused(home, samples, capsys, tmp_path):
