@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, Literal, TypeVar, cast
 
 import lightning as L
@@ -27,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
-from mmfusion.stopping import stopping_at_once
+from mmfusion.stopping import RunInterrupted, stopping_at_once
 from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
@@ -92,9 +93,11 @@ class Back:
 
     Attributes:
         start: the checkpoint, as rank 0 knows; None: step 0.
+        signal: that asks this rank to stop, or 0.
     """
 
     start: Path | None
+    signal: int
 
 
 def run_command(name: str, args: Sequence[str]) -> RecipeCommand:
@@ -295,21 +298,26 @@ class RecipeCommand(LightningCLI):
                     forget_left_out(run.path, attempt.path)
                 self._one(StreamStateCallback).left_out = read_left_out(run.path)
             self._one(RunProgress).attempt = attempt
+            if self._back is not None:
+                self._one(RunCheckpoint).signal = self._back.signal
             self._show_samples(SamplePages(run.path, "val"))
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
             try:
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
             except Rewind as rewind:
-                self.back = Back(start)
+                keeper, target = self._one(RunCheckpoint), start
                 if attempt is not None:
                     target, left = go_back(run, self.datamodule, start, step, rewind)
-                    self.back = Back(target)
                     attempt.unfinished = (
                         f"went back from step {left.until} to {left.step}; packs "
                         f"{left.first_pack} to {left.end_pack - 1} are left out"
                     )
                     log.warning(f"{run.path}: {attempt.unfinished}")
+                if self.model.agreed["stop"]:  # on all ranks
+                    raise RunInterrupted(keeper.signal or SIGTERM, step, saved=False) from None
+                self.back = Back(target, keeper.signal)
+                if attempt is not None:
                     run.release()
                 return
             if self._one(RunProgress).owes_validation(self.trainer):  # cut off at the last step

@@ -27,6 +27,7 @@ from mmfusion.training.callbacks.guard import Guard, highest
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.loggers import read_metrics
+from mmfusion.training.resume import find
 from mmfusion.training.run import RunDirectory
 from tests.training import jobs
 from tests.training.tiny import HERE, Recorder, fit, losses, refused, write_recipe
@@ -419,6 +420,37 @@ def test_a_run_killed_around_going_back_goes_on_the_same(home, samples, planned,
     again = [(step, samples[step]) for step in range(4, BAD + 1)]
     found = history(home / f"{name}-packs")
     assert found == (again + whole if killed is before_it_is_noted else whole)
+
+
+def asked_to_stop_before_the_step() -> None:
+    def begin(self, trainer, *_):
+        if trainer.global_step == BAD:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Recorder.on_train_batch_start = begin
+
+
+def asked_to_stop_within_the_step() -> None:
+    def end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == BAD and batch_idx % 2 == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Recorder.on_train_batch_end = end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "saved"), [(asked_to_stop_before_the_step, 4), (asked_to_stop_within_the_step, 5)]
+)
+def test_a_run_that_goes_back_can_be_asked_to_stop(home, samples, planned, asked, saved):
+    """At once where the ranks had agreed to, else after the first step behind the packs."""
+    recipe, name = broken(home, samples, BAD), asked.__name__
+    assert start(home, recipe, name, *REWIND, prepare=asked) == [75]
+    assert f"step-{saved:08d}.ckpt" in find(home / name).name
+    assert json.loads((home / name / "status.json").read_text())["state"] == "preempted"
+    path = run(home, recipe, name, *REWIND)
+    assert curve(path) == planned
+    assert noted(path) == [WINDOW]
 
 
 @pytest.mark.slow
