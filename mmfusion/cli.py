@@ -149,9 +149,9 @@ def _command(args: list[str]) -> tuple[str, list[str]]:
 def _run(name: str, args: list[str]) -> Any:
     if name in RECIPE_COMMANDS:
         with stopping_at_once() if name == "fit" else nullcontext():
-            from mmfusion.training.command import RecipeCommand
+            from mmfusion.training.command import run_command
 
-            return RecipeCommand(name, args)
+            return run_command(name, args)
     from jsonargparse import auto_cli
 
     module, function = TOOLS[name][0].split(":")

@@ -6,6 +6,8 @@ steps (:class:`mmfusion.training.callbacks.stream_state.StreamStateCallback`), n
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -14,11 +16,13 @@ from mmfusion.data.index import ShardError
 from mmfusion.data.loader import Division, FixedLoader, TrainLoader
 from mmfusion.data.reader import Budget
 from mmfusion.data.source import Source
-from mmfusion.data.state import StreamState
+from mmfusion.data.state import LeftOut, StreamState
 from mmfusion.data.stream import make_spec
 from mmfusion.data.validation import ValidationBatches
 from mmfusion.data.workers import Workers
 from mmfusion.processing.processor import Processor
+
+logger = logging.getLogger(__name__)
 
 MAX_COUNT = 1 << 20
 
@@ -104,6 +108,7 @@ class MultimodalData(L.LightningDataModule):
         self.managed = False
         """Whether a callback commits the steps of this module's stream."""
         self._state: StreamState | None = None
+        self._left_out: Sequence[LeftOut] = ()
         self._val: FixedLoader | None = None
 
     def open_shards(self) -> None:
@@ -164,6 +169,14 @@ class MultimodalData(L.LightningDataModule):
         state = self.state
         state.step, state.packs = saved.step, saved.packs
         state.counts, state.lanes = saved.counts, saved.lanes
+        state.left_out = saved.left_out
+        self.leave_out(self._left_out)
+
+    def leave_out(self, known: Sequence[LeftOut]) -> None:
+        """Leave these packs out, from here on and after a :meth:`restore`."""
+        self._left_out = known
+        for other in self.state.leave_out(known, self.packs_per_step):
+            logger.warning("not left out, as it is not of this history: %s", other)
 
     def division(self, rank: int = 0, world: int = 1) -> Division:
         """How a step is divided over ranks and micro-batches."""

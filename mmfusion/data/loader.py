@@ -104,8 +104,8 @@ class _Steps(IterableDataset):
         stream = Stream(self._state, self._sources, self._processor)
         d = self._division
         for ahead in itertools.count(worker, workers):
-            first = self._state.packs + ahead * d.packs_per_step
             step = self._state.step + ahead
+            first = self._state.first_pack(step, d.packs_per_step)
             local = stream.local_step(step, first, d.packs_per_step, d.rank, d.world)
             batches = make_micro_batches(local, d, self._processor, self._pad_rows)
             yield pack(batches) if info else batches

@@ -5,7 +5,7 @@ All of it is plain data (JSON), a few kilobytes, with nothing per rank or per lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -112,14 +112,34 @@ class StreamSpec:
         return lines
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Packs that no step trains on: the run went back to the beginning of a step, and on behind
+    them.
+
+    Attributes:
+        step: that begins behind them.
+        until: the step in which they ended before, because of which the run went back.
+        first_pack, end_pack: the packs q.
+        why: what was wrong with that step.
+    """
+
+    step: int
+    until: int
+    first_pack: int
+    end_pack: int
+    why: str
+
+
 @dataclass
 class StreamState:
     """Where the stream stands after ``step`` completed optimizer steps.
 
     Attributes:
-        packs: q, packs given so far over all lanes.
+        packs: q, packs over all lanes that were given so far, or left out.
         counts: by source.
-        lanes: by lane number.
+        lanes: by lane number; those of packs left out are not gone through yet.
+        left_out: packs that are left out before this step and after it, in order.
     """
 
     spec: StreamSpec
@@ -127,6 +147,7 @@ class StreamState:
     packs: int
     counts: dict[str, SourceCounts]
     lanes: list[LaneState]
+    left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
     def start(cls, spec: StreamSpec) -> StreamState:
@@ -146,8 +167,43 @@ class StreamState:
                 f"step {self.step} (pack {self.packs}): the loader and the restored state "
                 "disagree, so samples would be lost or repeated. Restore before the loader starts."
             )
-        self.step, self.packs = record.step + 1, record.end_pack
+        self.packs = record.end_pack + self._left_out_in(self.step, record.step + 1)
+        self.step = record.step + 1
         self.absorb(record.lanes, record.counts)
+
+    def first_pack(self, step: int, packs_per_step: int) -> int:
+        """The pack that a step begins with, this one or a later one."""
+        between = self._left_out_in(self.step, step)
+        return self.packs + (step - self.step) * packs_per_step + between
+
+    def leave_out(self, known: Iterable[LeftOut], packs_per_step: int) -> list[LeftOut]:
+        """Leave out packs of this step and of later ones as well.
+
+        Args:
+            known: all that were left out of the run, in order; what this state went past is passed
+                over.
+            packs_per_step: of the steps from this one on.
+
+        Returns:
+            Those that do not follow this state: it is of another history, in which the step they
+            are left out before begins with another pack.
+        """
+        others = []
+        for found in known:
+            if found in self.left_out:
+                continue
+            ahead = found.step >= self.step
+            if not ahead or self.first_pack(found.step, packs_per_step) != found.first_pack:
+                others.append(found)
+                continue
+            self.left_out += (found,)
+            if found.step == self.step:
+                self.packs = found.end_pack
+        return others
+
+    def _left_out_in(self, after: int, step: int) -> int:
+        """Packs left out before the steps behind one, to another."""
+        return sum(x.end_pack - x.first_pack for x in self.left_out if after < x.step <= step)
 
     def absorb(self, lanes: Mapping[int, LaneState], counts: Mapping[str, SourceCounts]) -> None:
         """Add lanes and counts of a rank. Of a lane that several ranks took packs from, the
@@ -160,8 +216,11 @@ class StreamState:
             self.counts[source].add(more)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: dicts, lists, numbers and strings."""
-        return _plain(asdict(self))
+        """Plain data: dicts, lists, numbers and strings. What is left out later on is not of this
+        state, but of the run.
+        """
+        past = tuple(x for x in self.left_out if x.step <= self.step)
+        return _plain(asdict(replace(self, left_out=past)))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamState:
@@ -182,6 +241,7 @@ class StreamState:
                     for name, c in data["counts"].items()
                 },
                 lanes=[replace(LaneState(**x), carry=tuple(x["carry"])) for x in data["lanes"]],
+                left_out=tuple(LeftOut(**x) for x in data.get("left_out", ())),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

@@ -10,10 +10,10 @@ from typing import Any
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.state import StreamState
 from mmfusion.data.stream import Stream
+from mmfusion.paths import expand
 from mmfusion.training.checkpoint import FOLDER, read_checkpoint
 from mmfusion.training.resume import by_step, complete_checkpoint, step_of, why_incomplete
-
-STATE_KEY = "mmfusion.stream"
+from mmfusion.training.rewind import STREAM, read_left_out
 
 
 def at_step(
@@ -27,7 +27,8 @@ def at_step(
 
     Samples whose media turn out broken only when they are decoded are listed too. The step's lanes
     are planned from the start of the run, or from a checkpoint to be quicker (and right, where
-    packs_per_step was changed on the way).
+    packs_per_step was changed on the way). Packs that the run left out (left_out.json of its
+    directory) are in no step.
 
     Args:
         recipe: the run's recipe, or its run directory; of several files, -c A -c B.
@@ -52,6 +53,8 @@ def at_step(
     data.attach(command.model.model.processor())
     if checkpoint is not None:
         data.restore(load_stream_state(checkpoint, step))
+    run_dir = expand(recipe) if Path(expand(recipe)).is_dir() else command.config.run_dir
+    data.leave_out(read_left_out(run_dir))
     for row in samples_at(data, step):
         print(json.dumps(row) if as_json else _line(row))
 
@@ -71,7 +74,7 @@ def samples_at(data: MultimodalData, step: int) -> Iterator[dict[str, Any]]:
         )
     assert data.processor is not None
     stream = Stream(state, data.sources, data.processor)
-    first = state.packs + (step - state.step) * count
+    first = state.first_pack(step, count)
     packs = [stream.pack(q) for q in range(first, first + count)]
     if not any(pack.items for pack in packs):
         raise ValueError(f"step {step} is never trained: the data end before it.")
@@ -95,12 +98,12 @@ def load_stream_state(checkpoint: str | Path, step: int) -> StreamState:
     ]
     path = complete_checkpoint(earlier[-1] if earlier else checkpoint, "--checkpoint")
     callbacks = read_checkpoint(path, "meta").get("callbacks", {})
-    if STATE_KEY not in callbacks:
+    if STREAM not in callbacks:
         raise ValueError(
             f"{path} holds no state of the data stream (callbacks: {sorted(callbacks)}); expected "
             "a checkpoint that training saved."
         )
-    return StreamState.from_json(callbacks[STATE_KEY])
+    return StreamState.from_json(callbacks[STREAM])
 
 
 def _line(row: dict[str, Any]) -> str:

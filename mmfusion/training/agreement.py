@@ -22,8 +22,10 @@ def agree(trainer: L.Trainer, variable: str, choose: Callable[[], Path | None]) 
     """What rank 0 chooses, for all.
 
     Processes that Lightning starts are told by the environment, those of torchrun or Slurm through
-    the process group.
+    the process group; and all of them where a run begins again in the same processes.
     """
+    if dist.is_available() and dist.is_initialized():
+        return trainer.strategy.broadcast(choose() if rank() == 0 else None)
     parent, _, told = os.environ.get(variable, "").partition(":")
     if rank() != 0 and parent == str(os.getppid()):  # not left behind by an earlier run
         return Path(told) if told else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from signal import SIGTERM
+from typing import Any, Literal, TypeVar, cast
 
 import lightning as L
 import torch
@@ -25,11 +28,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
-from mmfusion.stopping import stopping_at_once
+from mmfusion.stopping import RunInterrupted, stopping_at_once
 from mmfusion.training import manifest
 from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
+from mmfusion.training.callbacks.guard import Guard
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.sample_pages import SamplePages
@@ -49,6 +53,7 @@ from mmfusion.training.recipe_parser import (
     refuse_functions,
 )
 from mmfusion.training.resume import by_step, complete_checkpoint, find
+from mmfusion.training.rewind import Rewind, forget_left_out, go_back, read_left_out
 from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies import names as strategies
@@ -82,6 +87,40 @@ OTHERWISE_COUNTED = {
 each with its values that do nothing."""
 
 
+C = TypeVar("C", bound=L.Callback)
+
+
+@dataclass(frozen=True)
+class Back:
+    """Where a run that went back is to go on.
+
+    Attributes:
+        start: the checkpoint, as rank 0 knows; None: step 0.
+        signal: that asks this rank to stop, or 0.
+    """
+
+    start: Path | None
+    signal: int
+
+
+def run_command(name: str, args: Sequence[str]) -> RecipeCommand:
+    """Run a command; where its run went back, all over again, in the same processes.
+
+    Everything is made anew, so that what is restored is what a resumed run restores; the process
+    group stays.
+    """
+    back = None
+    while True:
+        command = RecipeCommand(name, args, back=back)
+        if command.back is None:
+            return command
+        back = command.back
+        del command  # the next one's parts need the room
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 class RecipeCommand(LightningCLI):
     """One command over one recipe.
 
@@ -89,10 +128,16 @@ class RecipeCommand(LightningCLI):
         name: ``fit``, ``validate``, ``test`` or ``predict``; empty: only make the parts.
         args: the command's arguments.
         stored: take what ``data.features`` holds; else the parts that make it.
+        back: of a run that went back in this process, what it goes on from.
     """
 
-    def __init__(self, name: str, args: Sequence[str], stored: bool = True) -> None:
+    def __init__(
+        self, name: str, args: Sequence[str], stored: bool = True, back: Back | None = None
+    ) -> None:
         self.name, self.stored, self._args = name, stored, list(args)
+        self._back = back
+        self.back: Back | None = None
+        """Where the run went back and is to go on from."""
         show_messages(leads=rank() == 0)
         super().__init__(
             MultimodalModule,
@@ -141,6 +186,7 @@ class RecipeCommand(LightningCLI):
             help="how long a rank waits for the others before the run fails",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Validation, "validation")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -224,7 +270,7 @@ class RecipeCommand(LightningCLI):
         found: list[L.Callback] = [Audit()]
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            watch = [Monitor(), Watchdog(), progress]
+            watch = [Monitor(), Watchdog(), progress, config.guard]
             found = [StreamStateCallback(), *found, *watch, config.checkpoint]
         if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
@@ -262,14 +308,35 @@ class RecipeCommand(LightningCLI):
         with run.open(recipe, step) if leads else nullcontext() as attempt, stopping_at_once():
             if attempt is not None:
                 run.set_aside(step if start else -1, attempt)
+                if self.config.resume == "none" and self._back is None:
+                    forget_left_out(run.path, attempt.path)
+                self._one(StreamStateCallback).left_out = read_left_out(run.path)
                 allow = self.config.allow_recipe_change
-                self._checkpointing().start(run.id, recipe, made, allow)
-            self._progress().attempt = attempt
+                self._one(RunCheckpoint).start(run.id, recipe, made, allow)
+            self._one(RunProgress).attempt = attempt
+            if self._back is not None:
+                self._one(RunCheckpoint).signal = self._back.signal
             self._show_samples(SamplePages(run.path, "val"))
             if not self._own_loggers():
                 self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
-            if self._progress().owes_validation(self.trainer):  # cut off at the last step
+            try:
+                self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
+            except Rewind as rewind:
+                keeper, target = self._one(RunCheckpoint), start
+                if attempt is not None:
+                    target, left = go_back(run, self.datamodule, start, step, rewind)
+                    attempt.unfinished = (
+                        f"went back from step {left.until} to {left.step}; packs "
+                        f"{left.first_pack} to {left.end_pack - 1} are left out"
+                    )
+                    log.warning(f"{run.path}: {attempt.unfinished}")
+                if self.model.agreed["stop"]:  # on all ranks
+                    raise RunInterrupted(keeper.signal or SIGTERM, step, saved=False) from None
+                self.back = Back(target, keeper.signal)
+                if attempt is not None:
+                    run.release()
+                return
+            if self._one(RunProgress).owes_validation(self.trainer):  # cut off at the last step
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
             if timer := self._out_of_time():
@@ -281,7 +348,9 @@ class RecipeCommand(LightningCLI):
 
     def _find(self, run: RunDirectory) -> Path | None:
         """The checkpoint to go on from; of the remote copies, where the run directory has none."""
-        remote = self._checkpointing().remote
+        if self._back is not None:
+            return self._back.start
+        remote = self._one(RunCheckpoint).remote
         wanted = self.config.resume in ("auto", "must") and not by_step(run.checkpoints)
         if remote and wanted and (path := remote.fetch_newest(run.checkpoints)):
             log.info(f"{path} was fetched from {remote.url}")
@@ -295,9 +364,9 @@ class RecipeCommand(LightningCLI):
             log.warning(f"{start} was made with another recipe (fingerprint {there}, here {here})")
         return made
 
-    def _checkpointing(self) -> RunCheckpoint:
-        callbacks = cast(Any, self.trainer).callbacks
-        return next(c for c in callbacks if isinstance(c, RunCheckpoint))
+    def _one(self, kind: type[C]) -> C:
+        """The trainer's callback of a kind."""
+        return next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, kind))
 
     def _out_of_time(self) -> str:
         """Why the run stopped, where that was the clock."""
@@ -361,9 +430,6 @@ class RecipeCommand(LightningCLI):
         """In the run directory, on rank 0."""
         for validation in self.validations:
             validation.pages = pages if rank() == 0 else None
-
-    def _progress(self) -> RunProgress:
-        return next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, RunProgress))
 
     def _own_loggers(self) -> list[Any]:
         """Loggers named in the recipe; they take the place of ours."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -43,6 +43,9 @@ from mmfusion.training.trained_weights import (
 )
 from mmfusion.tuning import Policy
 from mmfusion.types import Batch, BatchSample, Conditioning, ConditioningSpec
+
+if TYPE_CHECKING:
+    from mmfusion.training.callbacks.guard import Guard
 
 RECIPE_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer group that the recipe gives, also to a resumed run."""
@@ -178,7 +181,11 @@ class MultimodalModule(L.LightningModule):
         self._options: list[dict[str, Any]] = []
         self._step_counts: dict[str, Tensor] = {}
         self._step_losses: dict[str, Tensor] = {}
-        self._step_samples: list[BatchSample] = []
+        self.step_samples: list[BatchSample] = []
+        """This rank's, of the optimizer step so far."""
+        self.guard: Guard | None = None
+        """What becomes of steps that would do harm; without one they end the run."""
+        self._spike = False
 
     # ---- building
 
@@ -258,7 +265,7 @@ class MultimodalModule(L.LightningModule):
             units = list(batch.step_counts)
             self._step_counts = dict(zip(units, sums[: len(units)], strict=True))
             self.agreed = dict(zip(self.flags, sums[len(units) :], strict=True))
-            self._step_losses, self._step_samples = {}, []
+            self._step_losses, self.step_samples, self._spike = {}, [], False
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the objectives, divided so that any split of a step gives the same gradients:
@@ -277,9 +284,9 @@ class MultimodalModule(L.LightningModule):
         share = torch.stack(list(shares.values())).sum()
         for name, value in {"loss": share, **shares}.items():
             self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach().float()
-        self._step_samples += batch.samples
+        self.step_samples += batch.samples
         if (batch_idx + 1) % splits == 0:
-            self._log_losses()
+            self._end_losses()
         # A loss that is not finite makes every gradient NaN, on all ranks: one check finds both.
         share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
         loss = share * self.trainer.world_size * splits + output.idle
@@ -289,10 +296,10 @@ class MultimodalModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the weights as they are in a step without a target (at the end of the data, or of
-        bad samples only). Refuse one whose gradients are not finite: they are the ranks' mean by
-        now, so every rank refuses it.
+        bad samples only) and in a spike. Refuse one whose gradients are not finite: they are the
+        ranks' mean by now, so every rank refuses it.
         """
-        if not self.step_has_targets:
+        if self.leaves_step_out:
             optimizer.zero_grad()  # momentum and decay would move them
             return
         norm = torch.nn.utils.get_total_norm(
@@ -302,40 +309,58 @@ class MultimodalModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         skips = scaler is not None and scaler.get_scale() >= 1  # fp16 skips steps by itself
         if not (skips or torch.isfinite(norm)):
-            raise self.not_finite()
+            self.refuse_step()
+            optimizer.zero_grad()
 
     @property
     def step_has_targets(self) -> bool:
         """Whether any rank has something to learn in this optimizer step."""
         return any(bool(self._count(name)) for name in self.objectives)
 
-    def not_finite(self) -> FloatingPointError:
-        """What to raise where a step's gradients are not finite."""
-        names = [f"{s.ref.source}: {s.shard} {s.key}" for s in self._step_samples]
-        shown = "\n  ".join([*names[:32], *([f"and {len(names) - 32} more"] if names[32:] else [])])
-        parts = {name: float(value) for name, value in self._step_losses.items()}
-        return FloatingPointError(
-            f"the gradients of optimizer step {self.global_step} are not finite (on rank "
-            f"{self.global_rank} the losses are {parts}); no weight was changed by this step. "
-            "Lower the learning rate, set trainer.gradient_clip_val, or look at its samples:\n  "
-            + shown
-        )
+    @property
+    def leaves_step_out(self) -> bool:
+        """Whether the weights stay as they are in this optimizer step, as is known before the last
+        of its backward passes: it has no targets, or its loss is a spike.
+        """
+        return self._spike or not self.step_has_targets
 
-    def _log_losses(self) -> None:
-        """The step's sums over the ranks."""
+    def refuse_step(self) -> None:
+        """Of a step whose gradients are not finite, on all ranks: raise, or return where the guard
+        leaves it out.
+        """
+        losses = {name: float(value) for name, value in self._summed_losses().items()}
+        why = (
+            f"the gradients of optimizer step {self.global_step} are not finite (the losses are "
+            f"{losses})"
+        )
+        if self.guard is None:
+            raise FloatingPointError(why)
+        self.guard.refuse(self, why)
+
+    def _end_losses(self) -> None:
+        """The losses of the step over the ranks: logged, and judged."""
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
-        counts = {name: self._count(name) for name in self.objectives}
-        if (self.global_step + 1) % every == 0 and any(counts.values()):
-            names = list(self._step_losses)
-            sums = torch.stack([self._step_losses[name] for name in names])
-            sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-            found = dict(zip(names, sums, strict=True))
+        due = (self.global_step + 1) % every == 0
+        judged = self.guard is not None and self.guard.spike is not None
+        if not (due or judged) or not self.step_has_targets:
+            return
+        found = self._summed_losses()
+        if due:
+            counts = {name: self._count(name) for name in self.objectives}
             report = {f"train/{n}": float(x) for n, x in found.items() if counts.get(n, 1)}
             for name, value in report.items():
                 self.log(name, value, prog_bar=name == "train/loss", logger=False)
             # Not by Lightning, which would log the last value again in a step without targets.
             for logger in self.loggers:
                 logger.log_metrics(report, step=self.global_step)
+        if self.guard is not None and judged:
+            self._spike = self.guard.judge(self, float(found["loss"]))
+
+    def _summed_losses(self) -> dict[str, Tensor]:
+        """Over the ranks; all of them must call it."""
+        sums = torch.stack([*self._step_losses.values()])
+        sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        return dict(zip(self._step_losses, sums, strict=True))
 
     def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
         return {name: loss(self.model, output, batch) for name, loss in self.objectives.items()}

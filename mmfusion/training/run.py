@@ -7,6 +7,7 @@
     status.json      running | finished | failed | interrupted | preempted, step, attempt, reason
     attempts/0001/   command, machine and log of each start
     checkpoints/     step-00000100.ckpt (or a folder, step-00000100) ... and ``latest``
+    left_out.json    packs that no step trains on, where the run went back
     metrics.csv, quarantine.jsonl, wandb/
 """
 
@@ -48,6 +49,7 @@ NOT_THE_RECIPE = ("run_dir", "resume", "allow_recipe_change", "config", "ckpt_pa
 
 FREE_KEYS = (
     "checkpoint",
+    "guard",
     "validation",
     "val_every_n_steps",
     "wandb",
@@ -196,6 +198,10 @@ class RunDirectory:
                 f"another process is writing {self.path}{at}; stop it, or use another --run_dir."
             ) from None
 
+    def release(self) -> None:
+        """Let the next attempt, of this process too, hold the run."""
+        self._locked.close()
+
     def set_aside(self, after_step: int, attempt: Attempt) -> None:
         """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that
         no later resume mixes them with this attempt's.
@@ -236,6 +242,8 @@ class Attempt:
         self.step = step
         self.unfinished = ""
         """Why it stopped before its end, where that is no error."""
+        self.told = ""
+        """The reason in ``status.json`` while it goes on as it should."""
         self._written = 0.0
         self._handler = logging.FileHandler(self.path / "log.txt")
 
@@ -264,11 +272,13 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        state: State
         if error is None:
-            self.write("interrupted" if self.unfinished else "finished", self.unfinished)
+            state = "interrupted" if self.unfinished else "finished"
+            self.write(state, self.unfinished or self.told)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             preempted = isinstance(error, RunInterrupted) and error.preempted
-            state: State = "preempted" if preempted else "interrupted"
+            state = "preempted" if preempted else "interrupted"
             self.write(state, str(error) or type(error).__name__)
         else:
             self.write("failed", f"{type(error).__name__}: {error}")
@@ -283,7 +293,7 @@ class Attempt:
         """Note the optimizer step; written now and then."""
         self.step = step
         if time.monotonic() - self._written >= every_seconds:
-            self.write("running")
+            self.write("running", self.told)
 
     def write(self, state: State, reason: str = "") -> None:
         """Replace ``status.json``."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mmfusion.data import reader
 from mmfusion.data.reader import SampleError
 from mmfusion.data.shards import Shards
-from mmfusion.data.state import StreamState
+from mmfusion.data.state import LeftOut, StepRecord, StreamState
 from mmfusion.data.stream import Stream, exhausted, packs_of_rank
-from tests.data.synthetic import make_data, write_source
+from tests.data.synthetic import keys_of, make_data, write_source
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +267,72 @@ def test_a_record_that_does_not_continue_the_state_is_refused(folders):
     later = stream.local_step(3, 12, 4).record
     with pytest.raises(RuntimeError, match=r"belongs to step 3 \(pack 12\), expected step 0"):
         data.state.commit(later)
+
+
+def planned(draw: random.Random, steps: int, count: int) -> tuple[list[list[int]], list[LeftOut]]:
+    """Packs of each step where some are left out, one after another."""
+    packs, left_out, q = [], [], 0
+    for step in range(steps):
+        for _ in range(draw.choice([0, 0, 0, 1, 2])):
+            size = draw.randrange(1, 20)
+            left_out.append(LeftOut(step, step + 3, q, q + size, "as drawn"))
+            q += size
+        packs.append([*range(q, q + count)])
+        q += count
+    return packs, left_out
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packs_left_out_are_in_no_step(folders, seed):
+    """From any step on, whatever of them the state knows already."""
+    draw, count = random.Random(seed), 4
+    expected, left_out = planned(draw, 20, count)
+    state = make_data(folders).state
+    assert state.leave_out(left_out, count) == []
+    for step, packs in enumerate(expected):
+        assert state.first_pack(step, count) == state.packs == packs[0]
+        for later in range(step, len(expected)):
+            assert state.first_pack(later, count) == expected[later][0]
+        state.commit(StepRecord(step, packs[0], packs[-1] + 1, {}, {}, []))
+        if draw.random() < 0.4:
+            state = StreamState.from_json(json.loads(json.dumps(state.to_json())))
+            assert all(known.step <= state.step for known in state.left_out)
+            if draw.random() < 0.5:  # a list that is older than the state, too
+                assert state.leave_out([x for x in left_out if x.step <= step], count) == []
+            assert state.leave_out(left_out, count) == []
+    assert list(state.left_out) == left_out
+
+
+def test_what_another_history_left_out_is_not_left_out(folders):
+    state = make_data(folders).state
+    mine, other = LeftOut(2, 4, 8, 20, "mine"), LeftOut(3, 5, 12, 16, "without mine")
+    state.leave_out([mine], 4)
+    state.commit(StepRecord(0, 0, 4, {}, {}, []))
+    later = LeftOut(3, 5, 24, 28, "with mine")
+    assert state.leave_out([LeftOut(0, 1, 0, 8, "gone past"), other, later], 4) == [
+        LeftOut(0, 1, 0, 8, "gone past"),
+        other,
+    ]
+    assert state.left_out == (mine, later)
+    assert [state.first_pack(step, 4) for step in (1, 2, 3, 4)] == [4, 20, 28, 32]
+    saved = StreamState.from_json(state.to_json())
+    assert saved.left_out == ()
+    del (old := state.to_json())["left_out"]  # as before there was such a list
+    assert StreamState.from_json(old) == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_behind_what_is_left_out(folders, workers):
+    """Lanes are not all asked for in a step: they go through what is left out when they are."""
+    how = {"lanes": 8, "packs_per_micro_batch": 4, "num_workers": workers}
+    whole = make_data(folders, WEIGHTS, **how)
+    batches = [keys_of(b) for b, _ in zip(whole.train_dataloader(), range(12), strict=False)]
+    data = make_data(folders, WEIGHTS, **how)
+    data.leave_out([LeftOut(1, 3, 4, 16, "a"), LeftOut(4, 4, 28, 32, "b")])
+    found = []
+    for batch, _ in zip(data.train_dataloader(), range(8), strict=False):
+        data.state.commit(batch.stream)
+        found.append(keys_of(batch))
+    assert found == [batches[step] for step in (0, 4, 5, 6, 8, 9, 10, 11)]
+    assert data.state.packs == 48

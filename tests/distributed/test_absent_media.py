@@ -251,7 +251,8 @@ def test_gradients_that_are_not_finite_are_refused(home):
         "init_args": {"from_step": 3, "gradient_only": True},
     }
     path = write_recipe(home, model__objectives={"next_token": broken}, checkpoint__every_n_steps=1)
-    said = refused_by(home, "broken", "fit", "-c", str(path), *zero(2))
+    fail = [*zero(2), "--guard.not_finite=fail"]
+    said = refused_by(home, "broken", "fit", "-c", str(path), *fail)
     assert "gradients of optimizer step 1 are not finite" in said
     assert [p.name for p in by_step(home / "broken" / "checkpoints")] == ["step-00000001.ckpt"]
 

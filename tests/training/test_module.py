@@ -196,7 +196,7 @@ def test_a_step_that_is_not_finite_names_itself_and_its_samples(
     recipe = write_recipe(
         home, model__objectives={"next_token": broken}, checkpoint__every_n_steps=1
     )
-    error = refused(capsys, recipe, f"--run_dir={tmp_path}/run")
+    error = refused(capsys, recipe, f"--run_dir={tmp_path}/run", "--guard.not_finite=fail")
     assert "gradients of optimizer step 1 are not finite" in error
     assert "train00" in error or "words00" in error
     assert [p.name for p in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001.ckpt"]

@@ -140,6 +140,34 @@ class NotANumber(NextToken):
         return replace(loss, total=loss.total * float("nan")) if broken else loss
 
 
+class Broken(NextToken):
+    """Next token; each of some samples, as ``source/epoch/index``, adds a number to the loss (None:
+    NaN).
+    """
+
+    def __init__(self, samples: list[str], adds: float | None = None) -> None:
+        super().__init__()
+        self.samples, self.adds = set(samples), float("nan") if adds is None else adds
+
+    def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
+        loss = super().forward(model, output, batch)
+        refs = [sample.ref for sample in batch.samples]
+        found = sum(f"{r.source}/{r.epoch}/{r.index}" in self.samples for r in refs)
+        return replace(loss, total=loss.total + found * self.adds) if found else loss
+
+
+class NormProjector(Projector):
+    """A linear layer behind running statistics."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(in_dim)
+        self.linear = torch.nn.Linear(in_dim, out_dim)
+
+    def forward(self, features_NFD: torch.Tensor, mask_NF: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(features_NFD.transpose(1, 2)).transpose(1, 2))
+
+
 def write_shards(folder: Path, name: str, samples: int, media: str = "image", seed: int = 0) -> str:
     """Samples of 3 to 20 words; two of three have an item of one of ``media``."""
     draw = random.Random(seed)

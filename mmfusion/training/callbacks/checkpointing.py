@@ -285,6 +285,17 @@ class RunCheckpoint(Checkpoint):
             if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 remove(path)
 
+    @property
+    def signal(self) -> int:
+        """The signal that asks this rank to stop, or 0. Where a run goes back, the next attempt is
+        given it.
+        """
+        return self._signal
+
+    @signal.setter
+    def signal(self, number: int) -> None:
+        self._signal = number
+
     def _asked(self) -> int:
         """Whether this rank is to stop."""
         if not self._signal and time.time() >= self._deadline:  # a signal that is sent once is lost

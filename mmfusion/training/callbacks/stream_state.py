@@ -20,7 +20,14 @@ import torch
 import torch.distributed as dist
 
 from mmfusion.data.datamodule import MultimodalData
-from mmfusion.data.state import BadSample, LaneState, SourceCounts, StepRecord, StreamState
+from mmfusion.data.state import (
+    BadSample,
+    LaneState,
+    LeftOut,
+    SourceCounts,
+    StepRecord,
+    StreamState,
+)
 from mmfusion.data.stream import exhausted, make_order
 from mmfusion.data.whole_file import write_whole
 from mmfusion.types import Batch
@@ -54,6 +61,8 @@ class StreamStateCallback(L.Callback):
         self._lengths: list[int | None] = []
         self._started = False
         self._last_step = 0
+        self.left_out: list[LeftOut] = []
+        """Packs that are left out, as rank 0 knows."""
 
     @property
     def state_key(self) -> str:
@@ -69,6 +78,11 @@ class StreamStateCallback(L.Callback):
         self._path = Path(trainer.default_root_dir) / self._quarantine
         order = make_order(data.state.spec)
         self._lengths = [order.length(lane) for lane in range(data.state.spec.lanes)]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave out what the run has left out."""
+        if self._data is not None:
+            self._data.leave_out(trainer.strategy.broadcast(self.left_out))
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -223,7 +223,7 @@ class ZeRO(DeepSpeedStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Through the engine, told whether the step ends here."""
-        if not self._module.step_has_targets:
+        if self._module.leaves_step_out:
             # DeepSpeed leaves out a step whose gradients are not finite. With gradients of zero
             # momentum and decay would move the weights.
             closure_loss = closure_loss * torch.nan
@@ -234,14 +234,14 @@ class ZeRO(DeepSpeedStrategy):
     def optimizer_step(
         self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Step, unless this step has no target; forget its gradients."""
+        """Step, unless this step is left out; forget its gradients."""
         module, engine = self._module, self.deepspeed_engine
         closure()
         self.precision_plugin._after_closure(module, optimizer)
         with _left_out(self._frozen):
             engine.step()
-        if not engine.was_step_applied() and module.step_has_targets:
-            raise module.not_finite()
+        if not engine.was_step_applied() and not module.leaves_step_out:
+            module.refuse_step()
         if self.stage == 3:
             self._gather_whole()
             # A part that no rank uses in the next step would be moved by these once more.
