@@ -36,8 +36,8 @@ from mmfusion.models.generators.base import ONLY_DRAWN
 from mmfusion.paths import expand
 from mmfusion.stopping import RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
-from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import STEP_NAME, by_step
+from mmfusion.training.secrets import hide_secrets
 
 ATTEMPTS = "attempts"
 State = Literal["running", "finished", "failed", "interrupted", "preempted"]
@@ -51,6 +51,8 @@ FREE_KEYS = (
     "val_every_n_steps",
     "wandb",
     "wandb_project",
+    "wandb_artifacts",
+    "tensorboard",
     "timeout_minutes",
     "data.num_workers",
     "data.worker_start",
