@@ -54,6 +54,7 @@ from mmfusion.training.run import NOT_THE_RECIPE, Attempt, RunDirectory, recipe_
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies.zero import ZeRO
 from mmfusion.training.trackers import default_loggers
+from mmfusion.training.wandb_segment import agents_folder
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class RecipeCommand(LightningCLI):
         if not self.config.run_dir:
             name = Path(str(recipes[0])).stem if recipes else "unnamed"
             self.config.run_dir = str(Path("runs") / name)
-        self.config.run_dir = expand(self.config.run_dir)
+        self.config.run_dir = agents_folder(expand(self.config.run_dir))
         refuse_functions(self.config)
 
     def instantiate_classes(self) -> None:

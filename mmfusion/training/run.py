@@ -38,6 +38,7 @@ from mmfusion.stopping import RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
 from mmfusion.training.resume import STEP_NAME, by_step
 from mmfusion.training.secrets import hide_secrets
+from mmfusion.training.wandb_segment import agents_run
 
 ATTEMPTS = "attempts"
 State = Literal["running", "finished", "failed", "interrupted", "preempted"]
@@ -160,7 +161,8 @@ class RunDirectory:
         for torn in self.checkpoints.glob(UNFINISHED):
             torn.unlink()
         if not self.identity.exists():
-            content = {"id": secrets.token_hex(4), "created": _now(), "versions": _versions()}
+            new = agents_run() or secrets.token_hex(4)
+            content = {"id": new, "created": _now(), "versions": _versions()}
             replace_text(self.identity, json.dumps(content, indent=2))
         _ = self.id  # refused here where it is damaged, before anything moves
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}

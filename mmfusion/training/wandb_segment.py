@@ -119,6 +119,17 @@ def why_not_online(choice: WandbChoice, host: str, timeout: float) -> str | None
     return None if _answers(host, timeout) else f"{host} did not answer within {timeout:g} s"
 
 
+def agents_run() -> str | None:
+    """The run's id where a `wandb agent` has started this process, for W&B takes no other then."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
+def agents_folder(run_dir: str) -> str:
+    """The run directory; of each run of an agent one of its own in it, for they share a command."""
+    number = agents_run()
+    return str(Path(run_dir) / f"{os.environ['WANDB_SWEEP_ID']}-{number}") if number else run_dir
+
+
 def server() -> str:
     """The W&B server: the environment's, else the one `wandb login` stored, else W&B's own."""
     import wandb

@@ -17,6 +17,7 @@ from tests.training.wandb_process import (
     Logging,
     environment,
     log_steps,
+    mmfusion,
     points,
     records,
     steps,
@@ -112,12 +113,7 @@ def test_a_server_that_never_comes_back_does_not_hold_the_end(tmp_path: Path) ->
         server.go_down(0)
         assert points(server.run("fixedid")["history"]) == []
         (run / "run.json").write_text('{"id": "fixedid"}')
-        done = subprocess.run(
-            [sys.executable, "-m", "mmfusion", "sync", str(run)], capture_output=True, text=True,
-            env=environment(tmp_path, **server.environment),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "8 points" in done.stdout
+        assert "8 points" in mmfusion(tmp_path, server.environment, "sync", str(run))
         assert points(server.run("fixedid")["history"]) == steps(1, *range(1, 9))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.training import jobs
+
 KEPT = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
 """This machine's environment, without an account of its own."""
-IMPORTED = multiprocessing.get_context("forkserver")
-IMPORTED.set_forkserver_preload(["mmfusion.training.trackers"])
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -54,7 +53,7 @@ class Logging:
         self.end, self.out = end, run_dir.parent / f"said-{attempt}.txt"
         steps = (attempt, first, count, pause, end, choice, nodes)
         given = (str(run_dir), environment(home, **(env or {})), str(self.out), *steps)
-        self.process = IMPORTED.Process(target=_log, args=given)
+        self.process = jobs.CONTEXT.Process(target=_log, args=given)
         self.began = time.monotonic()
         self.process.start()
 
@@ -82,11 +81,7 @@ def _log(
     run_dir: str, env: dict[str, str], out: str, attempt: int, first: int, count: int,
     pause: float, end: str, choice: Any, nodes: int,
 ) -> None:  # fmt: skip
-    os.environ.clear()
-    os.environ.update(env)
-    said = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(said, stream)
+    _become(env, out)
     from mmfusion.training.trackers import default_loggers
 
     loggers = default_loggers(run_dir, "fixedid", attempt, choice, timeout=2, nodes=nodes)
@@ -102,6 +97,23 @@ def _log(
         os.kill(os.getpid(), signal.SIGKILL)
     for logger in loggers:
         logger.finalize("success")
+
+
+def _become(env: dict[str, str], out: str) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    said = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+
+
+def mmfusion(folder: Path, env: dict[str, str], *args: str) -> str:
+    """The command, in a process of its own; what it says."""
+    home, said = folder / "home", folder / f"said-{len(list(folder.glob('said-*')))}.txt"
+    home.mkdir(exist_ok=True)
+    code = jobs.run(args, said, env={"HOME": str(home), "WANDB_MODE": "online", **env})
+    assert code == 0, said.read_text()
+    return said.read_text()
 
 
 def log_steps(run_dir: Path, env: dict[str, str] | None = None, **how: Any) -> str:

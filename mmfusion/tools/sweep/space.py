@@ -23,6 +23,8 @@ from mmfusion.tools.sweep.distributions import DISTRIBUTIONS
 KEYS = ("method", "parameters", "metric", "run_cap", "name", "description")
 FOR_AGENTS = ("command", "program", "project", "entity", "early_terminate")
 """Keys that only W&B's server and its agents act on."""
+NUMBERS = ("min", "max", "mu", "sigma", "q", "a", "b")
+"""Keys of a parameter whose values are."""
 MOST = 10_000
 """Combinations of a grid."""
 
@@ -94,7 +96,7 @@ def read_space(path: str) -> Space:
     """
     file = Path(expand(path))
     if not file.is_file():
-        raise FileNotFoundError(f"there is no sweep file {path}; docs/tracking.md has one.")
+        raise FileNotFoundError(f"there is no sweep file {path}; launch/sweep.yaml is an example.")
     try:
         content = yaml.safe_load(file.read_text())
         return _space(content if isinstance(content, dict) else {})
@@ -143,6 +145,7 @@ def _parameters(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _with_distribution(key: str, one: dict[str, Any]) -> dict[str, Any]:
+    one |= {name: _number(key, name, one[name]) for name in NUMBERS if name in one}
     name = one.get("distribution") or _implied(key, one)
     if name not in DISTRIBUTIONS:
         known = ", ".join(DISTRIBUTIONS)
@@ -158,6 +161,18 @@ def _with_distribution(key: str, one: dict[str, Any]) -> dict[str, Any]:
     if "values" in one and not (isinstance(one["values"], list) and one["values"]):
         raise ValueError(f"parameters.{key}.values is {one['values']!r}; expected a list.")
     return {**takes, **one, "distribution": name}
+
+
+def _number(key: str, name: str, value: Any) -> int | float:
+    """YAML takes 1e-4, without a point, for a word."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"parameters.{key}.{name} is {value!r}; expected a number.")
+    return value
 
 
 def _implied(key: str, one: Mapping[str, Any]) -> str:
