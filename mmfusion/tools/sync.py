@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from mmfusion.paths import expand
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.wandb_gap import fill, send_offline
 from mmfusion.training.wandb_segment import Segment, begin, server, why_not_online
+
+LONGEST = 24 * 3600.0
+"""Seconds to send segments."""
 
 
 def sync(run: str, project: str = "mmfusion") -> None:
@@ -32,7 +34,7 @@ def sync(run: str, project: str = "mmfusion") -> None:
     if reason := why_not_online(segment.choice, host := server(), segment.timeout):
         raise ValueError(f"W&B cannot be reached: {reason}.")
     with directory.held():
-        whole = send_offline(Path(segment.run_dir), host, seconds=None)
+        whole = send_offline(segment.run_dir, host, LONGEST)
         made, where = begin(segment)
         points = (
             fill(made, segment.run_dir, before=sys.maxsize)

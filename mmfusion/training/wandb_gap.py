@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def offline_segments(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def send_offline(run_dir: Path, host: str, seconds: float | None = SECONDS) -> bool:
+def send_offline(run_dir: Path, host: str, seconds: float = SECONDS) -> bool:
     """Send the segments of offline starts, one after another.
 
     Args:
@@ -48,32 +49,40 @@ def send_offline(run_dir: Path, host: str, seconds: float | None = SECONDS) -> b
     segments = offline_segments(run_dir)
     if not segments:
         return True
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, segments)]
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "WANDB_MODE"},
-        "WANDB_BASE_URL": host,
-    }
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        said = hide_secrets((done.stderr or done.stdout).strip().rpartition("\n")[2])
-    except subprocess.TimeoutExpired:
-        said = f"not done within {seconds} s"
+    said = ""
+    deadline = time.monotonic() + seconds
+    # Those of other nodes first: the last one's summary stays.
+    of_nodes = [path for path in segments if path.parent.parent.name != run_dir.name]
+    for paths in (of_nodes, [path for path in segments if path not in of_nodes]):
+        if paths and not said:
+            said = _synced(paths, host, deadline - time.monotonic())
     if left := offline_segments(run_dir):
         log.warning(
             "%d of %d offline segments were not sent to W&B (%s); mmfusion sync %s does it",
-            len(left), len(segments), said, run_dir,
+            len(left), len(segments), said or "it said nothing", run_dir,
         )  # fmt: skip
     else:
         log.info("%d offline segments of earlier starts were sent to W&B", len(segments))
     return not left
+
+
+def _synced(segments: list[Path], host: str, seconds: float) -> str:
+    """Send segments; what was said where that failed."""
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", *map(str, segments)],
+            env={**environment, "WANDB_BASE_URL": host},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=max(seconds, 0.0),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "it takes longer than a start waits"
+    text = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+    return str(hide_secrets(text)) if done.returncode else ""
 
 
 def fill(run: Any, run_dir: Path, before: int) -> int:

@@ -7,6 +7,7 @@ so more trials go on where fewer ended.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -166,10 +167,8 @@ def _with_distribution(key: str, one: dict[str, Any]) -> dict[str, Any]:
 def _number(key: str, name: str, value: Any) -> int | float:
     """YAML takes 1e-4, without a point, for a word."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"parameters.{key}.{name} is {value!r}; expected a number.")
     return value

@@ -41,6 +41,11 @@ class Server:
         found = self.state()["runs"][name]
         return {**found, "history": [json.loads(line) for line in found["history"]]}
 
+    def file(self, path: str) -> bytes:
+        """One that was put."""
+        with urllib.request.urlopen(f"{self.url}/storage/{path}") as reply:
+            return bytes(reply.read())
+
     def go_down(self, seconds: float) -> None:
         """From now on, for a while."""
         request = urllib.request.Request(f"{self.url}/down", str(seconds).encode())

@@ -20,8 +20,8 @@ from typing import Any
 from tests.training.wandb_server import KEY, artifacts, runs, sweeps
 
 LOCK = threading.Lock()
-FILES: dict[str, int] = {}
-"""Bytes that were put, by path."""
+FILES: dict[str, bytes] = {}
+"""What was put, by path; given back by GET."""
 ASKED: list[str] = []
 UNKNOWN: list[str] = []
 VIEWER = {"id": "V1", "entity": "us", "username": "me", "email": "m@e", "flags": "{}"}
@@ -43,7 +43,7 @@ def answer(operation: str, variables: dict[str, Any]) -> dict[str, Any]:
 
 def state() -> dict[str, Any]:
     """All that it was sent."""
-    found = {"files": FILES, "asked": ASKED, "unknown": UNKNOWN}
+    found = {"files": [*FILES], "asked": ASKED, "unknown": UNKNOWN}
     return {**found, "runs": runs.RUNS, "artifacts": artifacts.ARTIFACTS, "sweeps": sweeps.SWEEPS}
 
 
@@ -80,14 +80,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/state":
             with LOCK:
                 return self.reply(state())
-        return None if self.refuses() else self.reply({})
+        return None if self.refuses() else self.reply(FILES.get(self.path, {}))
 
     def do_PUT(self) -> None:
         """A file."""
         body = self.body()
         if not self.refuses():
             with LOCK:
-                FILES[self.path] = len(body)
+                FILES[self.path] = body
                 artifacts.keep(self.path, body)
             self.reply(b"")
 
@@ -112,7 +112,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answered(self, body: bytes) -> tuple[Any, int]:
         if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-            runs.take_lines(stream[1], json.loads(body))
+            shares = self.headers.get("X-Wandb-Use-Async-Filestream") == "true"
+            client = self.headers["X-Wandb-Async-Client-Id"] if shares else None
+            runs.take_lines(stream[1], json.loads(body), client)
             return {"exitcode": None, "limits": {}}, 200
         if self.path != "/graphql":
             UNKNOWN.append(self.path)

@@ -40,20 +40,11 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
     return {"id": made["id"], "state": made["state"], "artifactSequence": sequence}
 
 
-def by_name(variables: dict[str, Any]) -> dict[str, Any]:
-    """``collection:alias``, as the public API asks for it."""
-    collection, _, alias = variables["name"].partition(":")
-    found = next(
-        (a for a in ARTIFACTS.values() if a["collection"] == collection
-         and (alias in a["aliases"] or alias == f"v{a['version']}")),
-        None,
-    )  # fmt: skip
-    if found is None:
-        return {"project": {"artifactCollectionMembership": None, "artifact": None}}
-    project = {**PROJECT, "entity": PROJECT["entity"]}
+def described(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As the public API shows it: the artifact, and its place in its collection."""
     sequence = {
-        "__typename": "ArtifactSequence", "id": "Q" + collection, "name": collection,
-        "project": project,
+        "__typename": "ArtifactSequence", "id": "Q" + found["collection"],
+        "name": found["collection"], "project": PROJECT,
     }  # fmt: skip
     aliases = [
         {"id": f"L{i}", "alias": alias, "artifactCollection": sequence}
@@ -72,7 +63,17 @@ def by_name(variables: dict[str, Any]) -> dict[str, Any]:
         "id": "M1", "artifact": artifact, "artifactCollection": sequence, "aliases": aliases,
         "versionIndex": found["version"],
     }  # fmt: skip
-    return {"project": {"artifactCollectionMembership": membership, "artifact": artifact}}
+    return artifact, membership
+
+
+def by_name(name: str) -> dict[str, Any]:
+    """``collection:alias``."""
+    collection, _, alias = name.partition(":")
+    for found in ARTIFACTS.values():
+        if found["collection"] == collection and alias in found["aliases"]:
+            artifact, membership = described(found)
+            return {"project": {"artifactCollectionMembership": membership, "artifact": artifact}}
+    return {"project": {"artifactCollectionMembership": None, "artifact": None}}
 
 
 def answer(operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,5 +117,7 @@ def answer(operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
     if operation == "ArtifactType":
         return {"project": {"artifact": None}}
     if operation == "ArtifactMembershipByName":
-        return by_name(variables)
+        return by_name(variables["name"])
+    if operation == "ArtifactByID":
+        return {"artifact": described(ARTIFACTS[variables["id"]])[0]}
     return None

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 RUNS: dict[str, dict[str, Any]] = {}
+SENT: dict[tuple[str, str, str], set[int]] = {}
+"""Numbers of lines, by client, run and file."""
 PROJECT = {"id": "P1", "name": "mmfusion", "entity": {"id": "E1", "name": "us"}}
 STREAMS = {
     "wandb-history.jsonl": "history",
@@ -20,7 +22,7 @@ def run_of(name: str) -> dict[str, Any]:
     number = base64.b64encode(f"Run:v1:{name}".encode()).decode()
     new = {"id": number, "name": name, "displayName": name, "config": "{}", "project": PROJECT}
     lines: dict[str, Any] = {key: [] for key in STREAMS.values()}
-    rest = {"summary": {}, "sweep": None, "complete": None, "exitcode": None, "clients": []}
+    rest = {"summary": {}, "sweep": None, "complete": None, "exitcode": None}
     return RUNS.setdefault(name, {"bucket": new, **lines, **rest})
 
 
@@ -59,20 +61,25 @@ def upsert(variables: dict[str, Any]) -> dict[str, Any]:
     return {"upsertBucket": {"bucket": bucket, "inserted": new}}
 
 
-def take_lines(name: str, content: dict[str, Any]) -> None:
-    """Keep what is streamed. Processes that share a run number their lines each for itself: theirs
-    are appended, and what one of them sends again is known by its number.
+def take_lines(name: str, content: dict[str, Any], client: str | None) -> None:
+    """Keep what is streamed. A client alone says which lines it sends. Those that share a run
+    number theirs each for itself: they are appended, and the summary is made of them.
     """
     run = run_of(name)
-    client = content.get("clientId")
     for file, chunk in (content.get("files") or {}).items():
-        if file == "wandb-summary.json":
+        if file == "wandb-summary.json" and client is None:
             run["summary"] = json.loads(chunk["content"][-1])
         if file not in STREAMS:
             continue
-        kept, first = run[STREAMS[file]], chunk["offset"]
-        run["clients"].append([client, file, first, len(chunk["content"])])
-        kept[first : first + len(chunk["content"])] = chunk["content"]
+        kept, first, lines = run[STREAMS[file]], chunk["offset"], chunk["content"]
+        if client is None:
+            kept[first : first + len(lines)] = lines
+            continue
+        sent = SENT.setdefault((client, name, file), set())
+        kept += [line for number, line in enumerate(lines, first) if number not in sent]
+        sent.update(range(first, first + len(lines)))
+        for line in lines if file == "wandb-history.jsonl" else []:
+            run["summary"].update(json.loads(line))
     if content.get("complete") is not None:
         run["complete"], run["exitcode"] = content["complete"], content.get("exitcode")
 
