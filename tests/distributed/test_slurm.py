@@ -163,7 +163,7 @@ def test_a_sweep_is_an_array_that_goes_on(cluster, home, monkeypatch, capsys):
     space = home / "space.yaml"
     values = {"data.seed": {"values": [1, 2, 3]}}
     space.write_text(yaml.safe_dump({"method": "grid", "parameters": values}))
-    args = ["sweep", str(recipe), f"--space={space}", "--on=slurm", "--at_once=2"]
+    args = ["sweep", str(recipe), str(space), "--on=slurm", "--at_once=2"]
     args += [f"--run_dir={home}/sweep", f"--site={home}/site.yaml", "--time=01:00:00"]
     monkeypatch.setenv("PYTHONPATH", jobs.ROOT)
     sweep = [sys.executable, "-m", "mmfusion", *args]

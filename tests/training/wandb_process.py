@@ -54,12 +54,11 @@ class Logging:
         steps = (attempt, first, count, pause, end, choice, nodes)
         given = (str(run_dir), environment(home, **(env or {})), str(self.out), *steps)
         self.process = jobs.CONTEXT.Process(target=_log, args=given)
-        self.began = time.monotonic()
         self.process.start()
 
     def started(self) -> None:
         """Wait until it has begun to log."""
-        while "started" not in self.said():
+        while "began in" not in self.said():
             assert self.process.is_alive(), self.said()
             time.sleep(0.05)
 
@@ -69,7 +68,6 @@ class Logging:
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"it goes on and on:\n{self.said()}")
-        self.seconds = time.monotonic() - self.began
         assert self.process.exitcode == (-9 if self.end == "kill" else 0), self.said()
         return self.said()
 
@@ -85,26 +83,23 @@ def _log(
     from mmfusion.training.trackers import default_loggers
 
     loggers = default_loggers(run_dir, "fixedid", attempt, choice, timeout=2, nodes=nodes)
+    began = time.monotonic()
     for logger in loggers:
         logger.log_hyperparams({"lr": 0.1, "api_key": "SECRETSECRET"})
-    print("started", flush=True)
+    print(f"began in {time.monotonic() - began:.1f} s", flush=True)
+    began = time.monotonic()
     for step in range(first, first + count):
         for logger in loggers:
             logger.log_metrics({"train/loss": 1.0 / step}, step=step)
         time.sleep(pause)
+    print(f"logged in {time.monotonic() - began:.1f} s", flush=True)
     if end == "kill":
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
     for logger in loggers:
         logger.finalize("success")
-
-
-def _become(env: dict[str, str], out: str) -> None:
-    os.environ.clear()
-    os.environ.update(env)
-    said = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(said, stream)
+    print(f"finished in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def mmfusion(folder: Path, env: dict[str, str], *args: str) -> str:

@@ -37,7 +37,7 @@ def write_space(folder: Path, **changes: object) -> Path:
 def sweep(folder: Path, *more: str) -> list[str]:
     recipes = sorted(folder.glob("recipe*.yaml")) or [write_recipe(folder, run_dir=None)]
     space = folder / "space.yaml"
-    words = [str(recipes[0]), f"--space={space}", f"--run_dir={folder}/sweep"]
+    words = [str(recipes[0]), str(space), f"--run_dir={folder}/sweep"]
     return ["sweep", *words, "--model.schedule.warmup_steps=0", *more]
 
 
