@@ -225,7 +225,9 @@ class RecipeCommand(LightningCLI):
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
             watch = [Monitor(), Watchdog(), progress]
             found = [StreamStateCallback(), *found, *watch, config.checkpoint]
-            found += [NodeMetrics(), WandbArtifacts(config.wandb_artifacts, self.recipe())]
+            patience = 48.0 * config.timeout_minutes  # the other ranks wait meanwhile
+            artifacts = WandbArtifacts(config.wandb_artifacts, self.recipe(), patience)
+            found += [NodeMetrics(), artifacts]
         if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
         return found

@@ -14,8 +14,8 @@ from typing import Any
 
 from mmfusion.data.source import Source
 from mmfusion.paths import expand
-from mmfusion.training.checkpoint import replace_text
-from mmfusion.training.resume import STEP_NAME, find
+from mmfusion.training.checkpoint import FOLDER, replace_text
+from mmfusion.training.resume import STEP_NAME, by_step
 from mmfusion.training.run import RunDirectory, differences
 
 FILE = "lineage.json"
@@ -56,7 +56,10 @@ class Lineage:
 
 
 def lineage_of(
-    run: RunDirectory, recipe: Mapping[str, Any], sources: Mapping[str, Source]
+    run: RunDirectory,
+    recipe: Mapping[str, Any],
+    sources: Mapping[str, Source],
+    began_with: str | None,
 ) -> Lineage:
     """Look it up, and write it into the run directory. The parent is that of the first start.
 
@@ -64,6 +67,7 @@ def lineage_of(
         run: whose directory is open.
         recipe: resolved.
         sources: that are trained on.
+        began_with: at the first start, the checkpoint of the parent, or its run directory.
     """
     file = run.path / FILE
     text = "\n".join(differences({}, recipe))
@@ -76,19 +80,19 @@ def lineage_of(
         told = json.loads(file.read_text())["parent"]
         parent = Parent(**told) if told else None
     else:
-        parent = _parent(recipe["model"].get("init_from"))
+        parent = _parent(began_with)
     found = Lineage(hashlib.sha256(text.encode()).hexdigest()[:16], data, parent)
     replace_text(file, json.dumps(found.plain(), indent=2))
     return found
 
 
-def _parent(init_from: str | None) -> Parent | None:
-    if not init_from:
+def _parent(began_with: str | None) -> Parent | None:
+    if not began_with:
         return None
-    path = Path(expand(init_from))
-    checkpoint = find(path) if path.is_dir() else path
-    assert checkpoint is not None, init_from  # the run has begun with it
-    run = RunDirectory(checkpoint.resolve().parent.parent)
+    checkpoint = Path(expand(began_with)).resolve()
+    if not STEP_NAME.fullmatch(checkpoint.name):
+        checkpoint = next(reversed(by_step(checkpoint / FOLDER)), checkpoint)
+    run = RunDirectory(checkpoint.parent.parent)
     step = STEP_NAME.fullmatch(checkpoint.name)
     known = run.identity.is_file()  # a checkpoint may have been copied out of its run
     return Parent(run.id if known else "", run.path.name, int(step[1]) if step else -1)

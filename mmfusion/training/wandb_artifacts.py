@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,14 +111,15 @@ def weights_alone(checkpoint: Path, folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def wait_for(run: Any, artifacts: list[Any]) -> None:
+def wait_for(run: Any, artifacts: list[Any], most: float) -> None:
     """Until they are there, as long as their size can take; offline they are on the disk."""
     if run.settings._offline:
         return
+    deadline = time.monotonic() + most
     for artifact in artifacts:
-        seconds = 60 + artifact.size / SLOWEST
+        seconds = min(60 + artifact.size / SLOWEST, deadline - time.monotonic())
         try:
-            artifact.wait(timeout=int(seconds))
+            artifact.wait(timeout=max(int(seconds), 1))
         except Exception as error:
             told = hide_secrets(f"{type(error).__name__}: {error}")
             log.warning("%s has not reached W&B (%s)", artifact.name, told)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.training.checkpoint import LATEST
 from mmfusion.training.lineage import Lineage, lineage_of
+from mmfusion.training.module import MultimodalModule
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.wandb_artifacts import log_checkpoint, log_model, use_inputs, wait_for
@@ -26,10 +27,13 @@ class WandbArtifacts(L.Callback):
         choice: ``none``; ``model``: the trained weights at the run's end; ``last``: the last
             checkpoint as well, with the optimizer's state; ``all``: every checkpoint.
         recipe: the resolved recipe.
+        patience: most seconds to wait for uploads at the end, for which all ranks wait.
     """
 
-    def __init__(self, choice: ArtifactChoice, recipe: Mapping[str, Any]) -> None:
-        self.choice, self.recipe = choice, dict(recipe)
+    def __init__(
+        self, choice: ArtifactChoice, recipe: Mapping[str, Any], patience: float = 480.0
+    ) -> None:
+        self.choice, self.recipe, self.patience = choice, dict(recipe), patience
         self._told = ""
         self._lineage: Lineage | None = None
 
@@ -38,7 +42,8 @@ class WandbArtifacts(L.Callback):
         if not trainer.is_global_zero:
             return
         run = RunDirectory(trainer.default_root_dir)
-        lineage = lineage_of(run, self.recipe, data_of(trainer).sources)
+        began_with = cast(MultimodalModule, pl_module).init_from
+        lineage = lineage_of(run, self.recipe, data_of(trainer).sources, began_with)
         self._lineage, self._told = lineage, _latest(run)
         if logger := wandb_of(trainer):
             logger.log_hyperparams({"lineage": lineage.plain()})
@@ -68,7 +73,7 @@ class WandbArtifacts(L.Callback):
             if self.choice != "model":
                 logged.append(log_checkpoint(logger.experiment, newest, lineage))
             logged.append(log_model(logger.experiment, run, newest, lineage))
-            wait_for(logger.experiment, logged)
+            wait_for(logger.experiment, logged, self.patience)
 
         self._log(trainer, log)
 

@@ -131,3 +131,7 @@ def test_a_site_is_checked(tmp_path: Path) -> None:
         read_site(None, {"MMFUSION_SITE": str(tmp_path / "none.yaml")})
     file.write_text("environment: {OMP_NUM_THREADS: 1}")
     assert read_site(None, {"MMFUSION_SITE": str(file)}).environment == {"OMP_NUM_THREADS": 1}
+    file.write_text("environment: {WANDB_API_KEY: abcd}")
+    with pytest.raises(ValueError, match=r"environment\.WANDB_API_KEY is a key") as refused:
+        read_site(str(file), {})
+    assert "abcd" not in str(refused.value)
