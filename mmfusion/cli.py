@@ -53,6 +53,11 @@ TOOLS = {
         "the checkpoints of a run: list, verify, prune",
     ),
     "runs": ("mmfusion.tools.runs:runs", "the runs of a folder and how they stand"),
+    "sync": ("mmfusion.tools.sync:sync", "send what a run left on the disk to W&B"),
+    "sweep": (
+        "mmfusion.tools.sweep.main:sweep",
+        "a recipe over a grid or random values, here or on Slurm",
+    ),
     "chat": ("mmfusion.tools.chat:chat", "talk to a run in the terminal"),
     "train-generator": (
         "mmfusion.tools.train_generator:train_generator",

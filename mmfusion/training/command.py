@@ -25,6 +25,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.paths import expand
@@ -35,15 +36,16 @@ from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.callbacks.guard import Guard
 from mmfusion.training.callbacks.monitor import Monitor
+from mmfusion.training.callbacks.node_metrics import NodeMetrics
 from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.sample_pages import SamplePages
 from mmfusion.training.callbacks.start_timer import StartTimer
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.callbacks.wandb_artifacts import ArtifactChoice, WandbArtifacts
 from mmfusion.training.callbacks.watchdog import Watchdog
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
-from mmfusion.training.loggers import default_loggers
 from mmfusion.training.messages import show_messages
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.recipe_parser import (
@@ -54,11 +56,13 @@ from mmfusion.training.recipe_parser import (
 )
 from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.rewind import Rewind, forget_left_out, go_back, read_left_out
-from mmfusion.training.run import NOT_THE_RECIPE, RunDirectory, fingerprint, recipe_of
+from mmfusion.training.run import NOT_THE_RECIPE, Attempt, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies import names as strategies
 from mmfusion.training.strategies.fsdp2 import FSDP2
 from mmfusion.training.strategies.zero import ZeRO
+from mmfusion.training.trackers import default_loggers
+from mmfusion.training.wandb_segment import agents_folder
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +184,14 @@ class RecipeCommand(LightningCLI):
         add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
+            "--wandb_artifacts",
+            type=ArtifactChoice,
+            default="none",
+            help="what of the run W&B keeps as artifacts: none; model: its trained weights at the "
+            "end; last: the last checkpoint as well; all: every checkpoint",
+        )
+        add("--tensorboard", type=bool, default=False, help="write RUN/tensorboard as well")
+        add(
             "--timeout_minutes",
             type=Minutes,
             default=10.0,
@@ -199,7 +211,7 @@ class RecipeCommand(LightningCLI):
         if not self.config.run_dir:
             name = Path(str(recipes[0])).stem if recipes else "unnamed"
             self.config.run_dir = str(Path("runs") / name)
-        self.config.run_dir = expand(self.config.run_dir)
+        self.config.run_dir = agents_folder(expand(self.config.run_dir))
         refuse_functions(self.config)
 
     def instantiate_classes(self) -> None:
@@ -241,7 +253,7 @@ class RecipeCommand(LightningCLI):
                 "ends at trainer.max_steps or with data.epochs. Use these (a try of two steps: "
                 "--trainer.max_steps=2 --model.schedule.warmup_steps=0 --run_dir=/tmp/try)."
             )
-        given["logger"] = self._own_loggers() or False
+        given["logger"] = self._named_loggers() or False  # ours once the run directory is open
         callbacks = _as_list(given.get("callbacks"))
         kinds = {type(callback) for callback in callbacks}
         callbacks += [c for c in self._default_callbacks() if type(c) not in kinds]
@@ -272,6 +284,9 @@ class RecipeCommand(LightningCLI):
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
             watch = [Monitor(), Watchdog(), progress, config.guard]
             found = [StreamStateCallback(), *found, *watch, config.checkpoint]
+            patience = 48.0 * config.timeout_minutes  # the other ranks wait meanwhile
+            artifacts = WandbArtifacts(config.wandb_artifacts, self.recipe(), patience)
+            found += [NodeMetrics(), artifacts]
         if self.name in ("fit", "validate", "test"):
             found.append(config.validation)
         return found
@@ -317,8 +332,7 @@ class RecipeCommand(LightningCLI):
             if self._back is not None:
                 self._one(RunCheckpoint).signal = self._back.signal
             self._show_samples(SamplePages(run.path, "val"))
-            if not self._own_loggers():
-                self.trainer.loggers = self._loggers(run, attempt.number if attempt else 0)
+            self.trainer.loggers = self._loggers(run, attempt)
             try:
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
             except Rewind as rewind:
@@ -431,17 +445,26 @@ class RecipeCommand(LightningCLI):
         for validation in self.validations:
             validation.pages = pages if rank() == 0 else None
 
-    def _own_loggers(self) -> list[Any]:
-        """Loggers named in the recipe; they take the place of ours."""
+    def _named_loggers(self) -> list[Any]:
+        """Those of the recipe."""
         given = self.config_init.trainer.get("logger")
         return [] if given in (None, True, False) else _as_list(given)
 
-    def _loggers(self, run: RunDirectory, attempt: int) -> list[Any]:
-        config = self.config
-        leads = rank() == 0
-        return default_loggers(
-            run.path, run.id if leads else "", attempt, config.wandb, config.wandb_project
+    def _loggers(self, run: RunDirectory, attempt: Attempt | None) -> list[Any]:
+        """``metrics.csv`` always, W&B, and those named in the recipe."""
+        config, named = self.config, self._named_loggers()
+        theirs = any(isinstance(logger, WandbLogger) for logger in named)
+        ours = default_loggers(
+            run.path,
+            run.id if attempt else "",
+            attempt.number if attempt else 0,
+            "off" if theirs else config.wandb,
+            config.wandb_project,
+            tensorboard=config.tensorboard,
+            nodes=self.trainer.num_nodes,
+            step=attempt.step if attempt else 0,
         )
+        return [*ours, *named]
 
 
 def encode_arguments(args: Sequence[str]) -> list[str]:

@@ -105,11 +105,6 @@ def is_checkpoint(path: Path) -> bool:
     return bool(STEP_NAME.fullmatch(path.name)) or (path / manifest.MANIFEST).is_file()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that a name of :func:`by_step` says."""
-    return int(checkpoint.stem.removeprefix("step-"))
-
-
 def why_incomplete(path: str | Path) -> str | None:
     """What is wrong with a checkpoint, or None: as its manifest says to the last byte, made by us,
     and of the step its name says.

@@ -38,8 +38,9 @@ from mmfusion.models.generators.base import ONLY_DRAWN
 from mmfusion.paths import expand
 from mmfusion.stopping import RunInterrupted
 from mmfusion.training.checkpoint import FOLDER, LATEST, UNFINISHED, replace_text
-from mmfusion.training.loggers import hide_secrets
 from mmfusion.training.resume import by_step, remove, step_of, unfinished
+from mmfusion.training.secrets import hide_secrets
+from mmfusion.training.wandb_segment import agents_run
 
 ATTEMPTS = "attempts"
 State = Literal["running", "finished", "failed", "interrupted", "preempted"]
@@ -54,6 +55,8 @@ FREE_KEYS = (
     "val_every_n_steps",
     "wandb",
     "wandb_project",
+    "wandb_artifacts",
+    "tensorboard",
     "timeout_minutes",
     "strategy",
     "data.num_workers",
@@ -164,7 +167,8 @@ class RunDirectory:
         for torn in unfinished(self.checkpoints):
             remove(torn)
         if not self.identity.exists():
-            content = {"id": secrets.token_hex(4), "created": now(), "versions": versions()}
+            new = agents_run() or secrets.token_hex(4)
+            content = {"id": new, "created": now(), "versions": versions()}
             replace_text(self.identity, json.dumps(content, indent=2))
         _ = self.id  # refused here where it is damaged, before anything moves
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}

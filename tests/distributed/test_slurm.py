@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmfusion.cli import main
 from mmfusion.training.run import RunDirectory
 from tests.distributed.slurm import Cluster, missing
 from tests.training import jobs
@@ -152,3 +153,38 @@ def test_a_recipe_that_is_none_is_not_tried_again(cluster, home):
     job = launch(cluster, home, "typo", "--data.seed=oops")
     job.until(lambda: job.state() == "FAILED")
     assert job.log().count("Expected a <class 'int'>. Got value: oops") == 2  # by two ranks
+
+
+def test_a_sweep_is_an_array_that_goes_on(cluster, home, monkeypatch, capsys):
+    """A trial is warned, and queued again; a second call finds all of it done."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    (recipe,) = home.glob("recipe*.yaml")
+    space = home / "space.yaml"
+    values = {"data.seed": {"values": [1, 2, 3]}}
+    space.write_text(yaml.safe_dump({"method": "grid", "parameters": values}))
+    args = ["sweep", str(recipe), str(space), "--on=slurm", "--at_once=2"]
+    args += [f"--run_dir={home}/sweep", f"--site={home}/site.yaml", "--time=01:00:00"]
+    monkeypatch.setenv("PYTHONPATH", jobs.ROOT)
+    sweep = [sys.executable, "-m", "mmfusion", *args]
+    with subprocess.Popen(sweep, stdout=subprocess.PIPE, text=True) as process:
+        csv = home / "sweep" / "trial-0002" / "metrics.csv"
+        deadline = time.monotonic() + 200
+        while not csv.exists() or len(csv.read_text().splitlines()) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        number = json.loads((home / "sweep/launch/job.json").read_text())["id"]
+        states = cluster.said("squeue", "-h", "-r", "-j", number, "-o", "%T").split()
+        assert states.count("RUNNING") <= 2
+        cluster.said("scancel", "--signal=USR1", f"{number}_2")
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    runs = [RunDirectory(home / "sweep" / f"trial-000{i}") for i in (1, 2, 3)]
+    for seed, run in enumerate(runs, 1):
+        assert run.status()["state"] == "finished"
+        assert sorted(losses(run)) == [*range(STEPS)]
+        assert yaml.safe_load(run.config.read_text())["data"]["seed"] == seed
+        assert run.path.name in said
+    assert [len(run.attempts()) for run in runs] == [1, 2, 1]
+    main(args)
+    assert "submitted" not in capsys.readouterr().out

@@ -60,8 +60,9 @@ def start_ranks(
     last_rank: Sequence[str] = (),
     prepare: Callable[[], None] | None = None,
     env: dict[str, str] | None = None,
+    of_each: Callable[[int], dict[str, str]] = lambda rank: {},
 ) -> list[BaseProcess]:
-    """Start them only."""
+    """Start them only. ``of_each`` gives variables of one rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,6 +83,7 @@ def start_ranks(
                 "MMFUSION_RESUME_FROM": "1:",
                 "MMFUSION_INIT_FROM": "1:",
                 **(env or {}),
+                **of_each(rank),
             },
             prepare,
         )

@@ -52,6 +52,10 @@ class Job:
         first, *others = self.recipes
         return [first, *(word for recipe in others for word in ("-c", recipe)), *self.overrides]
 
+    def of_trial(self, overrides: Sequence[str], run_dir: str | None = None) -> list[str]:
+        """Those of one run of a sweep."""
+        return [*self.arguments, *overrides, *([f"--run_dir={run_dir}"] if run_dir else [])]
+
     def exports(self, **more: str | None) -> list[str]:
         """Lines of shell: the site's set-up and variables, and those of a script."""
         given = {**self.site.environment, **{name: x for name, x in more.items() if x}}

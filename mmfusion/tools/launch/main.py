@@ -125,11 +125,11 @@ def submit(job: Job, on: Target, text: str) -> None:
         sys.stdout.flush()
         os.execvp("bash", ["bash", str(script)])
     if on == "k8s":
-        print(_said(["kubectl", "apply", "-f", str(script)]), end="")
+        print(said(["kubectl", "apply", "-f", str(script)]), end="")
         print(f"To see it: kubectl get -f {script}; its losses: mmfusion runs {job.run_dir}")
         return
     if on == "slurm":
-        number = _said(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+        number = said(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
         log = folder / f"slurm-{number}.log"
     else:
         log = folder / "log.txt"
@@ -148,7 +148,7 @@ def submit(job: Job, on: Target, text: str) -> None:
     print(f"{job.run_dir}: submitted on {on} as {number}, log {log}", flush=True)
 
 
-def _said(command: Sequence[str]) -> str:
+def said(command: Sequence[str]) -> str:
     """What a program prints.
 
     Raises:

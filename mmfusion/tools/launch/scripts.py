@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmfusion.paths import shipped
@@ -16,6 +17,33 @@ END_OF_OPTIONS = "# ---- "
 
 def slurm(job: Job) -> str:
     """The batch script of a job."""
+    return _slurm(job, {"output": _log(job, "%j")}, [_arguments(job)], RUN_DIR=job.run_dir)
+
+
+def slurm_array(
+    job: Job, tasks: Mapping[int, tuple[str, Sequence[str]]], at_once: int | None
+) -> str:
+    """The batch script of an array.
+
+    Args:
+        job: what is common to its tasks.
+        tasks: of each number the run directory, and the arguments of `mmfusion fit -c`.
+        at_once: tasks that may run at a time.
+    """
+    numbers = ",".join(map(str, tasks)) + (f"%{at_once}" if at_once else "")
+    cases = [
+        f"{number}) export RUN_DIR={shlex.quote(run)}; set -- {shlex.join(arguments)} ;;"
+        for number, (run, arguments) in tasks.items()
+    ]
+    chosen = ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+    return _slurm(job, {"output": _log(job, "%A_%a"), "array": numbers}, chosen)
+
+
+def _log(job: Job, name: str) -> str:
+    return f"{Path(job.run_dir).absolute()}/launch/slurm-{name}.log"
+
+
+def _slurm(job: Job, more: Mapping[str, str], last: Sequence[str], **variables: str) -> str:
     head, end, body = _shipped("slurm.sbatch").partition(END_OF_OPTIONS)
     comment, body = body.split("\n", 1)
     options: dict[str, str | int | None] = {
@@ -30,7 +58,7 @@ def slurm(job: Job) -> str:
         "ntasks-per-node": job.processes,
         "gpus-per-node": job.gpus or None,
         "time": job.time,
-        "output": f"{Path(job.run_dir).absolute()}/launch/slurm-%j.log",
+        **more,
     }
     options |= job.site.slurm.options
     written = [
@@ -39,12 +67,12 @@ def slurm(job: Job) -> str:
         if value is not None
     ]
     given = job.exports(
-        RUN_DIR=job.run_dir,
+        **variables,
         MAX_FAILURES=str(job.failures),
         CONTAINER_IMAGE=job.site.slurm.container,
         CONTAINER_MOUNTS=",".join(job.site.slurm.mounts),
     )
-    lines = ["#!/bin/bash", *written, end + comment, *given, _arguments(job)]
+    lines = ["#!/bin/bash", *written, end + comment, *given, *last]
     return "\n".join(lines) + "\n" + _alone(body)
 
 

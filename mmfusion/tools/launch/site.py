@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mmfusion.paths import expand
+from mmfusion.training.secrets import hide_secrets
 
 FILE = "~/.config/mmfusion/site.yaml"
 VARIABLE = "MMFUSION_SITE"
@@ -82,7 +83,7 @@ def read_site(path: str | Path | None, environment: Mapping[str, str]) -> Site:
 
     Raises:
         FileNotFoundError: for a file that is named and is not there.
-        ValueError: for a key that there is not.
+        ValueError: for a key that there is not, or a secret.
     """
     named = path or environment.get(VARIABLE)
     file = Path(expand(named or FILE))
@@ -96,6 +97,13 @@ def read_site(path: str | Path | None, environment: Mapping[str, str]) -> Site:
     parser.add_class_arguments(Site, "site")
     try:
         content: Any = yaml.safe_load(file.read_text()) or {}
-        return parser.instantiate(parser.parse_object({"site": content})).site
+        site = parser.instantiate(parser.parse_object({"site": content})).site
     except (ArgumentError, yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
+    if secret := [name for name in site.environment if hide_secrets({name: "x"}) != {name: "x"}]:
+        raise ValueError(
+            f"{file}: environment.{secret[0]} is a key, and would be written into the script of "
+            "every run. Export it before `mmfusion launch` (Slurm and torchrun hand it on), or "
+            "source a file of your own in setup."
+        )
+    return site

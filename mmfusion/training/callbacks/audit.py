@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from mmfusion.audit import check_reaches_loss
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
-from mmfusion.training.loggers import wandb_of
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.wandb_run import wandb_of
 from mmfusion.types import Batch
 
 log = logging.getLogger(__name__)

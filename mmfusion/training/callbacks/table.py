@@ -16,7 +16,7 @@ from PIL import Image
 from mmfusion.processing.audios import audio_seconds, decode_audio
 from mmfusion.processing.containers import open_container
 from mmfusion.processing.images import decode_image
-from mmfusion.training.loggers import wandb_of
+from mmfusion.training.wandb_run import wandb_of
 from mmfusion.types import DataError, Media
 
 THUMBNAIL = (256, 256)

@@ -15,7 +15,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alph
 from mmfusion.tools.launch.job import Job
 from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.main import RENDER
-from mmfusion.tools.launch.scripts import slurm
+from mmfusion.tools.launch.scripts import slurm, slurm_array
 from mmfusion.tools.launch.site import Site, Slurm, read_site
 
 ROOT = Path(__file__).parents[3]
@@ -67,6 +67,27 @@ def test_scripts_are_bash_and_quote_what_they_are_given(on: str, tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_a_task_of_an_array_is_one_trial_of_a_sweep() -> None:
+    """Up to where the recipe is taken, as task 7."""
+    tasks = {
+        3: ("/shared/sweep/trial-0003", ["recipe.yaml", "--a=3"]),
+        7: ("/shared/sweep/it's 7", ["recipe.yaml", '--b={"c": "$HOME"}']),
+    }
+    text = slurm_array(job(run_dir="/shared/sweep", site=Site()), tasks, 4)
+    options = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --array=3,7%4" in options
+    assert "#SBATCH --output=/shared/sweep/launch/slurm-%A_%a.log" in options
+    assert text.splitlines()[1 : len(options) + 1] == options
+    assert "#SBATCH --array=3,7" in slurm_array(job(), tasks, None).splitlines()
+    head = text[: text.index("recipe=${1")] + 'printf "%s\\n" "$RUN_DIR" "$MAX_FAILURES" "$@"\n'
+    done = subprocess.run(
+        ["bash", "-c", head], capture_output=True, text=True, check=True,
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "7"},
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert said == ["/shared/sweep/it's 7", "3", "recipe.yaml", '--b={"c": "$HOME"}']
+
+
 def test_options_of_a_site_replace_ours_and_null_takes_them_away() -> None:
     site = Site(slurm=Slurm(options={"gpus-per-node": None, "gres": "gpu:8", "time": "01:00:00"}))
     lines = slurm(job(site=site)).splitlines()
@@ -110,3 +131,7 @@ def test_a_site_is_checked(tmp_path: Path) -> None:
         read_site(None, {"MMFUSION_SITE": str(tmp_path / "none.yaml")})
     file.write_text("environment: {OMP_NUM_THREADS: 1}")
     assert read_site(None, {"MMFUSION_SITE": str(file)}).environment == {"OMP_NUM_THREADS": 1}
+    file.write_text("environment: {WANDB_API_KEY: abcd}")
+    with pytest.raises(ValueError, match=r"environment\.WANDB_API_KEY is a key") as refused:
+        read_site(str(file), {})
+    assert "abcd" not in str(refused.value)
