@@ -1,0 +1,91 @@
+"""A recipe, planned: built without weights, rehearsed on its first micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmfusion import tuning
+from mmfusion.audit import audit
+from mmfusion.tools.plan.micro_batches import Given, made_up, micro_batches
+from mmfusion.tools.plan.rehearsal import Rehearsal, rehearse
+from mmfusion.tools.plan.sizes import Sizes, sizes
+from mmfusion.training.command import RecipeCommand
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe needs.
+
+    Attributes:
+        sizes: of its weights.
+        seen: in the rehearsal, of one process.
+        given: the micro-batches that were rehearsed.
+        frozen_parts: names of parts of which nothing trains.
+        steps: optimizer steps of the run, None where it has no end.
+        notes: what was assumed.
+    """
+
+    sizes: Sizes
+    seen: Rehearsal
+    given: Given
+    frozen_parts: set[str]
+    steps: int | None
+    notes: list[str]
+
+
+def plan_recipe(arguments: Sequence[str], world: int, on_gpu: bool = True) -> Planned:
+    """Plan a recipe for so many ranks.
+
+    Args:
+        arguments: of ``mmfusion fit``.
+        world: ranks.
+        on_gpu: whether the ranks are GPUs.
+    """
+    return plan_command(RecipeCommand("", arguments), world, on_gpu)
+
+
+def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Planned:
+    """As :func:`plan_recipe`, of a command that is parsed."""
+    module, data = command.model, command.datamodule
+    notes = []
+    for validation in command.validations:
+        if data.val_sources:
+            validation.need(module.model)
+    with torch.device("meta"):
+        module.model.build(pretrained=False)
+        module.groups = tuning.apply(module.model, module.tuning)
+    processor = module.model.processor()
+    try:
+        given = micro_batches(data, processor, world)
+    except (ValueError, OSError) as error:
+        given = made_up(data, processor, world)
+        notes.append(f"the data cannot be read ({error}); planned with {given.origin}.")
+    if module.compile_llm:
+        notes.append("model.compile fuses operations: activations are a little less than here.")
+    found = sizes(module)
+    frozen = {
+        name
+        for name, part in module.model.parts()
+        if not any(p.requires_grad for p in part.parameters())
+    }
+    splits = data.micro_batches_per_step(world)
+    seen = rehearse(
+        module, given.batches, str(command.config.trainer.precision), splits > 1, on_gpu
+    )
+    return Planned(found, seen, given, frozen, _steps(command, given), notes)
+
+
+def _steps(command: RecipeCommand, given: Given) -> int | None:
+    """Of the run: ``trainer.max_steps``, or as many as the epochs have."""
+    data, most = command.datamodule, int(command.config.trainer.max_steps)
+    if data.epochs is None or not given.real:
+        return most if most > 0 else None
+    packs = len(given.batches) * data.packs_per_micro_batch
+    samples_a_pack = sum(len(batch.samples) for batch in given.batches) / packs
+    samples = data.epochs * sum(len(source) for source in data.sources.values() if source.weight)
+    steps = math.ceil(samples / samples_a_pack / data.packs_per_step)
+    return min(most, steps) if most > 0 else steps
