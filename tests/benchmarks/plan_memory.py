@@ -169,7 +169,7 @@ def measured(arguments: list[str], folder: Path) -> float:
     file = folder / "peak.json"
     callback = {"class_path": f"{HERE}.Peak", "init_args": {"file": str(file)}}
     options = [
-        f"--run_dir={folder}/run", "--resume=none", "--wandb=off", "--data.num_workers=0",
+        f"--run_dir={tempfile.mkdtemp(dir=folder)}", "--resume=none", "--wandb=off", "--data.num_workers=0",
         "--trainer.enable_progress_bar=false", f"--trainer.callbacks={json.dumps([callback])}",
     ]  # fmt: skip
     # What a fit imports on its way would count as its memory.

@@ -48,7 +48,7 @@ GPUS = {
         _gpu("L4-24GB", 24, 121),
         # NVIDIA V100 data sheet, SXM2: 32GB, "deep learning" 125, in fp16: it has no bfloat16
         _gpu("V100-32GB", 32, 125),
-        # NVIDIA HGX B200 (eight of them): 180GB each, BFLOAT16 36 petaflops with sparsity for all
+        # NVIDIA HGX B200 data sheet, one of its GPUs: 180GB, FP16/BF16 4.5 petaflops with sparsity
         _gpu("B200-180GB", 180, 2250),
         # AMD Instinct MI300X data sheet: 192GB, bfloat16 1,307.4
         _gpu("MI300X-192GB", 192, 1307.4),

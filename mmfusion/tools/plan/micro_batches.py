@@ -15,7 +15,7 @@ from mmfusion.data.stream import Stream
 from mmfusion.processing.processor import Processor
 from mmfusion.types import IGNORE_INDEX, Batch
 
-MOST = 4
+MOST = 3
 """Micro-batches that are looked at."""
 
 

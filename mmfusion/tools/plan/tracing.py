@@ -29,6 +29,7 @@ of its steps."""
 ELSEWHERE, FORWARD, BACKWARD, RECOMPUTE, STEP = (
     "elsewhere", "forward", "backward", "recompute", "optimizer step",
 )  # fmt: skip
+_INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 _ATTENTION_ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
         q.shape, k.shape, v.shape
@@ -107,11 +108,16 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for more often than anything is computed
         if func.namespace == "prim":
             return func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(isinstance(x, FakeTensor) for x in given):
-            output = self._of_fakes(func, args, kwargs)
+            if not all(isinstance(x, FakeTensor) for x in given):
+                args, kwargs = self._faked(func, args, kwargs)
+            kwargs.pop("generator", None)
+            output = func(*args, **kwargs)
         elif given or _stays_real(args, kwargs, func):
             with unset_fake_temporarily():
                 output = func(*args, **kwargs)
@@ -124,12 +130,10 @@ class Trace(TorchDispatchMode):
                 self._hold(tensor)
         return output
 
-    def _of_fakes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs.pop("generator", None)
-        if func._overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+    def _faked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func._overloadpacket in _INDEXED:
             args = (args[0], _places(args[1]), *args[2:])
-        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
-        return func(*args, **kwargs)
+        return tree_map_only(Tensor, self._fake, (args, kwargs))
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
