@@ -24,10 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from mmfusion.data.writer import ShardWriter
 from mmfusion.models.bfloat16 import computes_bfloat16
+from mmfusion.tools.plan.memory import alone
+from mmfusion.tools.plan.recipe import plan_recipe
 from tests.models.tiny import llama_config, save_tokenizer
 
 HERE = "tests.benchmarks.plan_memory"
@@ -38,9 +42,6 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 def llama(folder: Path, **changes: Any) -> str:
     """Configuration and weights of a random LLaMA of about 150 M parameters."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = llama_config(
         **{
             "hidden_size": 768,
@@ -157,6 +158,24 @@ class Peak(L.Callback):
         self.file.write_text(json.dumps(found))
 
 
+class Allocated(L.Callback):
+    """Writes the most bytes that CUDA's allocator gave out after the first step.
+
+    Args:
+        file: for the number.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.global_step == 1:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.file.write_text(str(torch.cuda.max_memory_allocated()))
+
+
 def resident(field: str) -> float:
     """A field of this process's status, in MiB."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
@@ -164,12 +183,12 @@ def resident(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def measured(arguments: list[str], folder: Path) -> float:
+def measured(arguments: list[str], folder: Path, run: Path) -> float:
     """MiB that training takes in a process of its own."""
     file = folder / "peak.json"
     callback = {"class_path": f"{HERE}.Peak", "init_args": {"file": str(file)}}
     options = [
-        f"--run_dir={tempfile.mkdtemp(dir=folder)}", "--resume=none", "--wandb=off", "--data.num_workers=0",
+        f"--run_dir={run}", "--resume=none", "--wandb=off", "--data.num_workers=0",
         "--trainer.enable_progress_bar=false", f"--trainer.callbacks={json.dumps([callback])}",
     ]  # fmt: skip
     # What a fit imports on its way would count as its memory.
@@ -186,9 +205,6 @@ def measured(arguments: list[str], folder: Path) -> float:
 
 def estimated(arguments: list[str]) -> dict[str, float]:
     """MiB by the plan, for one process here."""
-    from mmfusion.tools.plan.memory import alone
-    from mmfusion.tools.plan.recipe import plan_recipe
-
     found = plan_recipe(arguments, world=1, on_gpu=False)
     memory = alone(found.sizes, found.seen)
     names = ("parameters", "frozen", "gradients", "optimizer", "activations", "transient", "total")
@@ -196,9 +212,9 @@ def estimated(arguments: list[str]) -> dict[str, float]:
 
 
 def compare(case: str, folder: Path) -> tuple[dict[str, float], float]:
-    """(estimate by purpose, measured), in MiB."""
+    """(estimate by purpose, measured), in MiB. The run is in the folder's ``run-CASE``."""
     arguments = CASES[case](folder)
-    return estimated(arguments), measured(arguments, folder)
+    return estimated(arguments), measured(arguments, folder, folder / f"run-{case}")
 
 
 def main() -> None:

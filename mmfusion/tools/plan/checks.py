@@ -29,7 +29,7 @@ GIB = 1 << 30
 HUB_SECONDS = 10.0
 
 
-class CheckFailed(ValueError):
+class CheckError(ValueError):
     """What was looked at, what is there, what was expected, what to do."""
 
     def __init__(self, what: str, got: str, expected: str, do: str) -> None:
@@ -84,7 +84,7 @@ def batch(packs: int, micro: int, world: int) -> str:
     """Whether a step divides evenly over ranks and micro-batches."""
     if packs % (world * micro):
         each = max(1, packs // (world * micro)) * world * micro
-        raise CheckFailed(
+        raise CheckError(
             "data.packs_per_step",
             f"{packs} packs on {world} ranks, {micro} in a micro-batch: some ranks have nothing to "
             "do at the end of each step",
@@ -116,7 +116,7 @@ def shards(source: Source) -> str:
         try:
             source.converter(record, shard, key)
         except DataError as error:
-            raise CheckFailed(
+            raise CheckError(
                 f"{shard}, sample {key}", str(error), "a sample that the converter takes",
                 "look at the shard, or give the source the converter of its records",
             ) from error  # fmt: skip
@@ -157,18 +157,16 @@ def _whole_files(folder: Path, gguf: str | None) -> int:
         named = set(json.loads(index.read_text())["weight_map"].values())
         if missing := sorted(name for name in named if not (folder / name).is_file()):
             some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-            raise CheckFailed(
+            raise CheckError(
                 str(folder), f"{len(missing)} of {len(named)} files are missing ({some})",
                 f"all that {index.name} names", again,
             )  # fmt: skip
     found = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     if not found or not all(file.is_file() for file in found):
         there = sorted(file.name for file in folder.glob("*"))[:8]
-        raise CheckFailed(
-            str(folder), f"no weights among {there}", gguf or "*.safetensors", again
-        )
+        raise CheckError(str(folder), f"no weights among {there}", gguf or "*.safetensors", again)
     for file, why in damaged_files(folder, gguf):
-        raise CheckFailed(str(file), f"it cannot be read ({why})", "a whole file", again)
+        raise CheckError(str(file), f"it cannot be read ({why})", "a whole file", again)
     return sum(file.stat().st_size for file in found)
 
 
@@ -192,20 +190,20 @@ def _on_hub(repo: str, revision: str | None, folders: list[str]) -> str:
     what = f"weights of {repo}"
     fetch = f"`hf download {repo}` where there is a network, or name a folder"
     if constants.HF_HUB_OFFLINE:
-        raise CheckFailed(
+        raise CheckError(
             what, "not in the hub's cache, and HF_HUB_OFFLINE is set", "*.safetensors", fetch
         )
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS)
     except Exception as error:  # requests' and the hub's own have no common class
-        raise CheckFailed(
+        raise CheckError(
             what, f"the hub did not give them ({error})", "an answer", fetch
         ) from error
     names = [sibling.rfilename for sibling in info.siblings or ()]
     for folder in folders:
         inside = [n for n in names if Path(n).parent == Path(folder) and n.endswith(".safetensors")]
         if not inside:
-            raise CheckFailed(
+            raise CheckError(
                 what, f"none in safetensors in {folder or 'the repository'}", "*.safetensors",
                 "take another revision or repository, or convert them once and name the folder",
             )  # fmt: skip
@@ -219,7 +217,7 @@ def wandb(run_dir: str, choice: Any, project: str) -> str:
     host = _server()
     mode, reason = RunWandb(run_dir, "", choice="auto", project=project)._mode(host)
     if choice == "online" and mode != "online":
-        raise CheckFailed(
+        raise CheckError(
             "--wandb online", reason, f"a login that {host} can be asked with",
             "`wandb login` or WANDB_API_KEY, and a way to the server; or --wandb auto",
         )  # fmt: skip
@@ -240,7 +238,7 @@ def disk(run_dir: str, checkpoint: int, saving: RunCheckpoint, steps: int | None
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise CheckFailed(
+        raise CheckError(
             "run_dir", f"{folder} is a file", "a folder, or a place for one", "change --run_dir"
         )
     kept = saving.keep_last + 1
@@ -249,7 +247,7 @@ def disk(run_dir: str, checkpoint: int, saving: RunCheckpoint, steps: int | None
     needed, free = kept * checkpoint + BESIDES, shutil.disk_usage(folder).free
     asked = f"{kept} checkpoints of {checkpoint / GIB:,.2f} GiB, and 1 GiB for the rest"
     if needed > free:
-        raise CheckFailed(
+        raise CheckError(
             f"disk of {folder}",
             f"{free / GIB:,.1f} GiB are free",
             f"{needed / GIB:,.1f} GiB: {asked}",

@@ -7,7 +7,7 @@ is gathered or sent; activations are those of one process.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmfusion.tools.plan.rehearsal import Rehearsal
 from mmfusion.tools.plan.sizes import Sizes
@@ -79,7 +79,9 @@ def alone(sizes: Sizes, seen: Rehearsal) -> Memory:
 def ddp(sizes: Sizes, seen: Rehearsal, world: int) -> Memory:
     """As one process; the buckets that gradients are sent in are a copy of them."""
     one = alone(sizes, seen)
-    return _with(one, strategy="ddp", transient=one.transient + (seen.gradients if world > 1 else 0))
+    return replace(
+        one, strategy="ddp", transient=one.transient + (seen.gradients if world > 1 else 0)
+    )
 
 
 def zero(
@@ -165,12 +167,6 @@ def strategies(
         *(zero(s, sizes, seen, world, o, options) for s, o in made if (s, o) != (1, True)),
         fsdp2(sizes, seen, world),
     ]
-
-
-def _with(memory: Memory, **changes: object) -> Memory:
-    from dataclasses import replace
-
-    return replace(memory, **changes)  # type: ignore[arg-type]
 
 
 def _number(value: object) -> int:

@@ -13,7 +13,7 @@ from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.loader import make_micro_batches
 from mmfusion.data.stream import Stream
 from mmfusion.processing.processor import Processor
-from mmfusion.types import IGNORE_INDEX, Batch
+from mmfusion.types import IGNORE_INDEX, Batch, BatchSample, SampleRef
 
 MOST = 3
 """Micro-batches that are looked at."""
@@ -44,7 +44,9 @@ def micro_batches(data: MultimodalData, processor: Processor, world: int) -> Giv
     """
     data.attach(processor)
     division = data.division(0, world)
-    stream, batches, step = Stream(data.state, data.sources, processor), list[Batch](), 0
+    stream = Stream(data.state, data.sources, processor)
+    batches: list[Batch] = []
+    step = 0
     while len(batches) < MOST:
         count = data.packs_per_step
         local = stream.local_step(step, step * count, count, 0, world)
@@ -76,4 +78,6 @@ def made_up(data: MultimodalData, processor: Processor, world: int) -> Given:
     batch.position_ids = torch.arange(data.pack_tokens).repeat(packs)[None]
     batch.segment_ids = torch.arange(packs).repeat_interleave(data.pack_tokens)[None]
     batch.cu_seqlens = starts
-    return Given([batch], "full packs of text alone, made up: media come on top", data.pack_tokens, False)
+    batch.samples = [BatchSample(SampleRef("made up", 0, index), "", "") for index in range(packs)]
+    origin = "full packs of text alone, made up"
+    return Given([batch], origin, data.pack_tokens, real=False)

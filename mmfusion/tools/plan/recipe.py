@@ -44,6 +44,10 @@ def plan_recipe(arguments: Sequence[str], world: int, on_gpu: bool = True) -> Pl
         arguments: of ``mmfusion fit``.
         world: ranks.
         on_gpu: whether the ranks are GPUs.
+
+    Raises:
+        ValueError: where a part cannot be made or run without values, or the audit before step 1
+            would refuse the recipe.
     """
     return plan_command(RecipeCommand("", arguments), world, on_gpu)
 
@@ -55,15 +59,30 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
     for validation in command.validations:
         if data.val_sources:
             validation.need(module.model)
-    with torch.device("meta"):
-        module.model.build(pretrained=False)
-        module.groups = tuning.apply(module.model, module.tuning)
+    if hasattr(module.model.llm, "attention"):
+        # Kernels of flash_attn want values; what they keep is the same.
+        module.model.llm.attention = "varlen_sdpa"
+    try:
+        with torch.device("meta"):
+            module.model.build(pretrained=False)
+            module.groups = tuning.apply(module.model, module.tuning)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"a part cannot be built without weights ({type(error).__name__}: {error}). Expected: "
+            "build(pretrained=False) that works under torch.device('meta'). Do this: mend it; "
+            "docs/extending.md says how."
+        ) from error
+    # What init_from holds is in its checkpoint, which is not read here.
+    everything = [name for name, _ in module.model.named_parameters()]
+    audit(module.model, module.groups, everything if module.init_from else [])
     processor = module.model.processor()
     try:
         given = micro_batches(data, processor, world)
     except (ValueError, OSError) as error:
         given = made_up(data, processor, world)
-        notes.append(f"the data cannot be read ({error}); planned with {given.origin}.")
+        notes.append(
+            f"the data cannot be read ({error}); planned with {given.origin}. Media come on top."
+        )
     if module.compile_llm:
         notes.append("model.compile fuses operations: activations are a little less than here.")
     found = sizes(module)

@@ -72,6 +72,9 @@ def rehearse(
         precision: ``trainer.precision``.
         accumulates: whether a step has several micro-batches.
         on_gpu: take the ways through attention and optimizer that a GPU takes.
+
+    Raises:
+        ValueError: where a part cannot run without values.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     known = _without_values(module, fakes)
@@ -80,12 +83,20 @@ def rehearse(
     passes = _Passes(module, trace, PRECISIONS.get(precision), accumulates)
     with warnings.catch_warnings(), _as_on_gpu(on_gpu), trace.parts(_names(module)), fakes, trace:
         warnings.simplefilter("ignore")
-        optimizer = _optimizer(module, known, on_gpu)
-        passes.micro_batch(batches[0])
-        _, kept = passes.step(optimizer)
-        trace.flops.clear()
-        seen = [passes.micro_batch(batch) for batch in batches]
-        step, _ = passes.step(optimizer)
+        try:
+            optimizer = _optimizer(module, known, on_gpu)
+            passes.micro_batch(batches[0])
+            _, kept = passes.step(optimizer)
+            trace.flops.clear()
+            seen = [passes.micro_batch(batch) for batch in batches]
+            step, _ = passes.step(optimizer)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise ValueError(
+                f"{trace.entered} cannot run without values "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Expected: a forward pass "
+                "that reads no fraction in the middle. Do this: `mmfusion describe` tells the "
+                "weights; try the recipe for two steps on one GPU for the rest."
+            ) from error
     most = max(seen, key=lambda one: one.activations)
     return Rehearsal(
         peak=max(one.peak for one in seen) - kept,
@@ -208,8 +219,8 @@ def _names(module: MultimodalModule) -> dict[nn.Module, str]:
     """The part of each module."""
     model = module.model
     names = {own: name for name, part in model.parts() for own in part.modules()}
-    names |= {own: LOSS for own in model.llm.head.modules()}
-    return names | {objective: LOSS for objective in module.objectives.values()}
+    names |= dict.fromkeys(model.llm.head.modules(), LOSS)
+    return names | dict.fromkeys(module.objectives.values(), LOSS)
 
 
 def _optimizer(

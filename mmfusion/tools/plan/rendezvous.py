@@ -1,8 +1,9 @@
 """``mmfusion plan --test``: do all ranks meet, and does a sum reach all of them?
 
 Under a launcher (torchrun, Slurm) this process is one rank of it; else as many processes are
-started on this machine. They sum by NCCL where each has a GPU, else by gloo. Ranks first write their names into a store that rank 0 (or
-torchrun's agent) keeps, so whoever is missing can be named; only then the process group is made.
+started on this machine. They sum by NCCL where each has a GPU, else by gloo. Ranks first write
+their names into a store that rank 0 (or torchrun's agent) keeps, so whoever is missing can be
+named; only then the process group is made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SECONDS = 60.0
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class NotMet(ValueError):
+class RendezvousError(ValueError):
     """Ranks that did not come, or a sum that is none."""
 
 
@@ -75,7 +76,7 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
     """Meet the others, and sum with them.
 
     Raises:
-        NotMet: naming the ranks that did not come within the time.
+        RendezvousError: naming the ranks that did not come within the time.
     """
     import torch
     import torch.distributed as dist
@@ -92,7 +93,7 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
         names = dist.PrefixStore(f"plan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         names.set(f"{place.rank}", f"{socket.gethostname()} (process {os.getpid()})")
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        raise NotMet(
+        raise RendezvousError(
             f"rank {place.rank}: the store of rank 0 at {place.host}:{place.port} cannot be had "
             f"within {seconds:g} s ({str(error).splitlines()[0]}). Expected: it answers. Do this: "
             "start rank 0, open the port between the machines, or name the right MASTER_ADDR."
@@ -100,7 +101,7 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
     away = _missing(names, place.world, ends)
     if away:
         came = [rank for rank in range(place.world) if rank not in away]
-        raise NotMet(
+        raise RendezvousError(
             f"{_ranks(away)} of {place.world} did not come within {seconds:g} s. Expected: all "
             f"ranks; {_ranks(came)} came. Do this: look at the logs of the machines of those that "
             "are missing, and start as many processes on each as --gpus says."
@@ -123,7 +124,7 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
         dist.all_reduce(sum_)
         total = float(sum_)
     except (dist.DistError, RuntimeError) as error:
-        raise NotMet(
+        raise RendezvousError(
             f"rank {place.rank}: all {place.world} ranks came, but {backend} failed to sum over "
             f"them ({str(error).splitlines()[0]}). Expected: a sum. Do this: set the network "
             "interface of launch/env.sh (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); with "
@@ -134,7 +135,9 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
     if total != (wanted := place.world * (place.world + 1) / 2):
-        raise NotMet(f"rank {place.rank}: {backend} gave a sum of {total:g}, expected {wanted:g}.")
+        raise RendezvousError(
+            f"rank {place.rank}: {backend} gave a sum of {total:g}, expected {wanted:g}."
+        )
     names.set(f"done {place.rank}", "1")
     if place.keeps:  # the store must outlive what the others ask of it
         _missing(names, place.world, ends, "done ")
@@ -165,7 +168,7 @@ def meet_here(world: int, seconds: float = SECONDS, leave_out: Sequence[int] = (
         leave_out: ranks that are not started.
 
     Raises:
-        NotMet: as :func:`meet`.
+        RendezvousError: as :func:`meet`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -197,7 +200,7 @@ def meet_here(world: int, seconds: float = SECONDS, leave_out: Sequence[int] = (
             process.communicate()
             told[rank] = {"error": f"rank {rank} ended with code {process.returncode}, no word."}
     if errors := [told[rank]["error"] for rank in sorted(told) if "error" in told[rank]]:
-        raise NotMet(errors[0])
+        raise RendezvousError(errors[0])
     return f"{told[0]['met']} on this machine"
 
 
@@ -207,7 +210,7 @@ def main() -> None:
     assert place, "started by meet_here"
     try:
         print(json.dumps({"met": meet(place, float(sys.argv[1]))}), flush=True)
-    except NotMet as error:
+    except RendezvousError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         raise SystemExit(1) from None
 

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mmfusion.tools.plan.checks import Checked
-from mmfusion.tools.plan.gpus import GPU
+from mmfusion.tools.plan.gpus import GPU, TERA
 from mmfusion.tools.plan.memory import RESERVED, Memory
 from mmfusion.tools.plan.recipe import Planned
-from mmfusion.tools.plan.work import Work
+from mmfusion.tools.plan.tracing import BACKWARD, ELSEWHERE, FORWARD, RECOMPUTE
+from mmfusion.tools.plan.work import GPU_HOURS_A_FAILURE, Work
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 COLUMNS = (
     "parameters", "frozen", "gradients", "optimizer", "activations", "transient", "total",
 )  # fmt: skip
 MEMORY_NOTE = (
-    "By strategy, at the moment that takes most. parameters: what trains, with a strategy's copies. "
-    "transient: buckets, gathered weights, the optimizer's step. fits: with 1 GiB for CUDA, NCCL "
-    "and workspaces. Not counted: fragmentation, loader processes, judges."
+    "At the moment that takes most. parameters: what trains, with a strategy's copies. transient: "
+    "buckets, gathered weights, the optimizer's step. fits: with 1 GiB for CUDA, NCCL and "
+    "workspaces. Not counted: fragmentation, loader processes, judges."
 )
 
 
@@ -46,42 +47,44 @@ def memory_table(found: Sequence[Memory], gpu: GPU, world: int) -> Table:
 def activations_table(planned: Planned) -> Table:
     """Where activations are, and what computes."""
     seen = planned.seen
-    table = Table(title=f"Of a micro-batch ({planned.given.origin})", title_justify="left")
+    table = Table(
+        title=f"A micro-batch: activations at their peak, GFLOP ({planned.given.origin})",
+        title_justify="left",
+    )
     table.add_column("part")
-    for name in ("activations, GiB", "forward, TFLOP", "backward, TFLOP"):
+    for name in ("MiB", "forward", "forward again", "backward"):
         table.add_column(name, justify="right")
+    outside = {FORWARD, ELSEWHERE}  # what no part's module does
     parts = dict.fromkeys([*seen.by_part, *(part for _, part in seen.flops)])
-    for part in parts:
-        flops = [seen.flops.get((phase, part), 0.0) / 1e12 for phase in ("forward", "recompute")]
-        size = f"{seen.by_part.get(part, 0) / GIB:.3f}"
-        table.add_row(part, size, f"{flops[0]:.3f}", f"{flops[1]:.3f} again" if flops[1] else "")
+    for part in (*(part for part in parts if part not in outside | {BACKWARD}), ELSEWHERE):
+        names = outside if part == ELSEWHERE else {part}
+        size = sum(seen.by_part.get(name, 0) for name in names)
+        flops = [sum(seen.flops.get((p, n), 0.0) for n in names) for p in (FORWARD, RECOMPUTE)]
+        table.add_row(part, f"{size / MIB:,.1f}", *(f"{x / 1e9:,.1f}" if x else "" for x in flops))
+    table.add_row("backward", f"{seen.by_part.get(BACKWARD, 0) / MIB:,.1f}")
     table.add_section()
-    back = sum(n for (phase, _), n in seen.flops.items() if phase == "backward") / 1e12
-    forward = sum(n for (phase, _), n in seen.flops.items() if phase == "forward") / 1e12
-    table.add_row("all", f"{seen.activations / GIB:.3f}", f"{forward:.3f}", f"{back:.3f}")
+    sums = [f"{seen.work(phase) / 1e9:,.1f}" for phase in (FORWARD, RECOMPUTE, BACKWARD)]
+    table.add_row("all", f"{seen.activations / MIB:,.1f}", *sums)
     return table
 
 
 def work_lines(found: Work, gpu: GPU, gpus: int, mfu: float, every: int) -> list[str]:
     """Tokens, FLOPs, days, checkpoints."""
-    share = "of which frozen parts"
-    lines = [
-        f"step: {found.tokens:,.0f} tokens, {found.flops / 1e12:,.1f} TFLOP (forward "
-        f"{(found.frozen + found.trained) / 1e12:,.1f}, {share} {found.frozen / 1e12:,.1f}; "
-        f"backward {found.backward / 1e12:,.1f})"
-        + (f" and {found.recompute / 1e12:,.1f} a second time" if found.recompute else ""),
-        f"time: {found.seconds:,.3f} s a step at {mfu:.0%} of {gpus} x "
-        f"{gpu.flops / 1e12:,.0f} TFLOP/s"
-        + (
-            f", {_time(found.days)} for {found.steps:,} steps"
-            if found.steps is not None and found.days is not None
-            else "; the run has no end"
-        ),
-        f"checkpoint: {found.checkpoint / GIB:,.3f} GiB (what trains, and the optimizer's state)",
-        f"checkpoint.every_n_steps: {every} in the recipe; {found.every:,} lose least (Young's "
-        f"rule: a failure each 50,000 GPU hours, 1 GB/s to disk; at most an hour apart)",
+    again = f", and {found.recompute / TERA:,.2f} a second time" if found.recompute else ""
+    days = "the run has no end"
+    if found.days is not None:
+        days = f"{_time(found.days)} for {found.steps:,} steps"
+    return [
+        f"A step: {found.tokens:,.0f} tokens, {found.flops / TERA:,.2f} TFLOP: "
+        f"{found.frozen / TERA:,.2f} forward in frozen parts, {found.trained / TERA:,.2f} forward "
+        f"in the others, {found.backward / TERA:,.2f} backward{again}.",
+        f"The run: {found.seconds:,.3g} s a step at {mfu:.0%} of {gpus} x "
+        f"{gpu.flops / TERA:,.0f} TFLOP/s; {days}. Reading data, saving and validation come on "
+        "top.",
+        f"A checkpoint: {found.checkpoint / GIB:,.3f} GiB, what trains and the optimizer's state. "
+        f"checkpoint.every_n_steps is {every}; {found.every:,} lose least time (a failure each "
+        f"{GPU_HOURS_A_FAILURE:,} GPU hours, 1 GB/s to disk, at most an hour between two).",
     ]
-    return lines
 
 
 def checks_table(found: Sequence[Checked]) -> Table:
@@ -125,4 +128,4 @@ def _smaller() -> str:
 def _time(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
-    return f"{days * 24:,.1f} hours" if days * 24 >= 1 else f"{days * 1440:,.1f} minutes"
+    return f"{days * 24:,.1f} hours" if days * 24 >= 1 else f"{days * 86400:,.0f} s"

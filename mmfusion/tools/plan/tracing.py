@@ -56,7 +56,9 @@ class Trace(TorchDispatchMode):
         besides: largest :attr:`live` without :attr:`gradients` since then.
         by_part: :attr:`live_by_part` at that moment.
         flops: by (phase, part).
-        phase: what operations are counted under, and what is made outside of modules; set from outside.
+        phase: what operations are counted under, and what is made outside of modules; set from
+            outside.
+        entered: part that was entered last.
     """
 
     def __init__(self, fakes: FakeTensorMode, known: list[Tensor]) -> None:
@@ -72,6 +74,7 @@ class Trace(TorchDispatchMode):
         self.by_part: Counter[str] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
         self.phase = ""
+        self.entered = ELSEWHERE
         self.part: list[str] = []
 
     def restart(self) -> None:
@@ -91,6 +94,7 @@ class Trace(TorchDispatchMode):
 
         def enter(module: nn.Module, args: Any) -> None:
             self.part.append(names.get(module, self.part[-1] if self.part else ELSEWHERE))
+            self.entered = self.part[-1]
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.part.pop()

@@ -88,6 +88,7 @@ def work(
     flops = seen.work(FORWARD, BACKWARD) * micro_batches
     seconds = flops / (gpus * gpu.flops * mfu)
     checkpoint = sizes.trained + seen.optimizer
+    every = round(interval(checkpoint, gpus) / seconds) if seconds else 1
     return Work(
         steps=steps,
         tokens=tokens,
@@ -97,7 +98,7 @@ def work(
         recompute=seen.work(RECOMPUTE) * micro_batches,
         seconds=seconds,
         checkpoint=checkpoint,
-        every=max(1, round(interval(checkpoint, gpus) / seconds)) if seconds else 1,
+        every=max(1, min(every, steps or every)),
     )
 
 
