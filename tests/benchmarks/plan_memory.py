@@ -36,7 +36,7 @@ from tests.models.tiny import llama_config, save_tokenizer
 
 HERE = "tests.benchmarks.plan_memory"
 MIB = 1 << 20
-STEPS = 3
+STEPS = 2
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 

@@ -73,7 +73,8 @@ def plan(
         )  # fmt: skip
         plans.append((planned, done))
         own, options = _strategy(command)
-        memories = strategies(planned.sizes, planned.seen, world, options)
+        half = str(command.config.trainer.precision) == "bf16-mixed"
+        memories = strategies(planned.sizes, planned.seen, world, options, half)
         console.print(tables.memory_table(memories, chosen, world))
         console.print(tables.MEMORY_NOTE, soft_wrap=True)
         console.print(tables.activations_table(planned))
@@ -121,7 +122,7 @@ def _strategy(command: RecipeCommand) -> tuple[str | None, dict[str, Any]]:
     """The recipe's strategy by its name here, and what it sets of ZeRO; None where it is
     Lightning's to choose.
     """
-    given = command.config_init.trainer.get("strategy")
+    given = command.config.get("strategy") or command.config_init.trainer.get("strategy")
     if isinstance(given, ZeRO):
         return f"deepspeed_{given.stage}", dict(given.config["zero_optimization"])
     return (given if given != "auto" else None) if isinstance(given, str) else None, {}

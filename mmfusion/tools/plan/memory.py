@@ -92,8 +92,8 @@ def zero(
     offload: bool = False,
     options: Mapping[str, object] | None = None,
 ) -> Memory:
-    """DeepSpeed's ZeRO as :class:`mmfusion.training.strategies.zero.ZeRO` sets it up: fp32, frozen
-    parts whole but for the LLM in stage 3.
+    """DeepSpeed's ZeRO as :class:`mmfusion.training.strategies.zero.ZeRO` sets it up: what trains
+    in fp32, frozen parts whole but for the LLM in stage 3.
 
     Args:
         stage: 1 divides the optimizer's state, 2 gradients too, 3 the LLM's weights too.
@@ -121,7 +121,8 @@ def zero(
         parameters = whole + part_trained
         frozen = sizes.frozen - sizes.frozen_divided + part - part_trained
         live = _number(given["stage3_max_live_parameters"])
-        buckets, gathered = bucket, min(sizes.number_divided, live) * FP32
+        gathered = round(divided * min(1.0, live / max(1, sizes.number_divided)))
+        buckets = bucket
         host = state + share - (-divided // world) if offload else 0
     gradients = sizes.number * FP32 if stage == 1 else 0 if offload else share
     # The step: gradients of the share laid flat, and what the optimizer takes for it.
@@ -138,34 +139,47 @@ def zero(
     )
 
 
-def fsdp2(sizes: Sizes, seen: Rehearsal, world: int) -> Memory:
-    """The LLM's layers divided, the rest whole as under DDP. Two layers are gathered at a time, and
-    the gradients of one are on their way.
+def fsdp2(sizes: Sizes, seen: Rehearsal, world: int, half: bool = False) -> Memory:
+    """PyTorch's FSDP2 as :class:`mmfusion.training.strategies.fsdp2.FSDP2` sets it up: what trains
+    and the LLM are divided, other frozen parts whole. A layer is gathered while the one before it
+    runs; what is in no layer is whole during a step.
+
+    Args:
+        sizes: of the weights.
+        seen: in the rehearsal.
+        world: ranks.
+        half: layers are gathered in bfloat16, in place of autocast's copies.
     """
-    outside = sizes.trained - sizes.trained_divided
-    trained = outside - (-sizes.trained_divided // world)
-    fraction = trained / max(sizes.trained, 1)
-    layers = 2 * sizes.layer + (sizes.layer if sizes.trained_divided else 0)
+    layer = sizes.number_layer * 2 if half else sizes.layer
+    rest = sizes.trained + sizes.frozen - sizes.frozen_outside - sizes.layers
+    # On their way: gradients of a layer, or of what is in none.
+    sent = max(sizes.layer if sizes.trained_divided else 0, sizes.trained - sizes.trained_divided)
+    activations = seen.activations - (seen.casts if half and world > 1 else 0)
+    gathered = rest + 2 * layer + sent if world > 1 else 0
     return Memory(
         "fsdp2",
-        parameters=trained,
-        frozen=sizes.frozen - sizes.frozen_divided - (-sizes.frozen_divided // world),
-        gradients=round(seen.gradients * fraction),
-        optimizer=round(seen.optimizer * fraction),
-        activations=seen.activations,
-        transient=max(layers if world > 1 else 0, round(seen.step * fraction) - seen.activations),
+        parameters=-(-sizes.trained // world),
+        frozen=sizes.frozen_outside - (sizes.frozen_outside - sizes.frozen) // world,
+        gradients=-(-seen.gradients // world),
+        optimizer=-(-seen.optimizer // world),
+        activations=activations,
+        transient=max(gathered, -(-seen.step // world) - activations),
     )
 
 
 def strategies(
-    sizes: Sizes, seen: Rehearsal, world: int, options: Mapping[str, object] | None = None
+    sizes: Sizes,
+    seen: Rehearsal,
+    world: int,
+    options: Mapping[str, object] | None = None,
+    half: bool = False,
 ) -> list[Memory]:
-    """All of them, from the simplest to the one that saves most."""
+    """All of them. Arguments are those of :func:`zero` and :func:`fsdp2`."""
     made = [(stage, offload) for offload in (False, True) for stage in (1, 2, 3)]
     return [
         ddp(sizes, seen, world),
         *(zero(s, sizes, seen, world, o, options) for s, o in made if (s, o) != (1, True)),
-        fsdp2(sizes, seen, world),
+        fsdp2(sizes, seen, world, half),
     ]
 
 

@@ -40,6 +40,7 @@ class Rehearsal:
         gradients: of everything that trains.
         optimizer: what the optimizer keeps between steps.
         step: what it takes besides while it steps.
+        casts: of the activations, autocast's copies of weights in half precision.
         flops: by (phase, part), mean of the micro-batches; phases are ``forward``, ``backward`` and
             ``recompute`` (gradient checkpointing).
     """
@@ -50,6 +51,7 @@ class Rehearsal:
     gradients: int
     optimizer: int
     step: int
+    casts: int
     flops: Mapping[tuple[str, str], float]
 
     def work(self, *phases: str) -> float:
@@ -105,6 +107,7 @@ def rehearse(
         gradients=trace.gradients,
         optimizer=kept,
         step=step,
+        casts=most.casts,
         flops={key: count / len(batches) for key, count in trace.flops.items()},
     )
 
@@ -114,6 +117,7 @@ class _Seen:
     peak: int
     activations: int
     by_part: Mapping[str, int]
+    casts: int
 
 
 class _Passes:
@@ -150,9 +154,10 @@ class _Passes:
                 parameter.grad = None
             self._have.clear()
             trace.gradients = 0
+        casts = trace.casts
         trace.phase = BACKWARD
         loss.backward()
-        return _Seen(trace.peak, trace.besides, trace.by_part)
+        return _Seen(trace.peak, trace.besides, trace.by_part, casts)
 
     def step(self, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """What a step takes while it runs, and what of that it keeps."""

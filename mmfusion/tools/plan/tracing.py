@@ -52,6 +52,7 @@ class Trace(TorchDispatchMode):
         live: bytes of storages made in the pass that something holds now.
         live_by_part: of them, by the part that made them.
         gradients: bytes that are gradients by now; whoever sees them tells.
+        casts: bytes of copies of weights in half precision, by autocast, since :meth:`restart`.
         peak: largest :attr:`live` since :meth:`restart`.
         besides: largest :attr:`live` without :attr:`gradients` since then.
         by_part: :attr:`live_by_part` at that moment.
@@ -69,6 +70,8 @@ class Trace(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = weakref.ref(storage)
         self._kept = [tensor.untyped_storage() for tensor in known]
+        self._weights = set(self._storages)
+        self.casts = 0
         self.live = self.peak = self.besides = self.gradients = 0
         self.live_by_part: Counter[str] = Counter()
         self.by_part: Counter[str] = Counter()
@@ -79,7 +82,7 @@ class Trace(TorchDispatchMode):
 
     def restart(self) -> None:
         """Look for the peaks from now on."""
-        self.peak = self.besides = 0
+        self.peak = self.besides = self.casts = 0
         self._look()
 
     def _look(self) -> None:
@@ -129,10 +132,16 @@ class Trace(TorchDispatchMode):
             kwargs.pop("generator", None)
             output = func(*args, **kwargs)
         self._count(func, args, kwargs, output)
+        if func is aten._to_copy.default and self._is_weight(args[0]):
+            halved = output.element_size() == 2 < args[0].element_size()
+            self.casts += output.untyped_storage().nbytes() if halved else 0
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._hold(tensor)
         return output
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._weights
 
     def _faked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func._overloadpacket in _INDEXED:

@@ -9,21 +9,24 @@ from mmfusion.tools.plan.rehearsal import Rehearsal
 from mmfusion.tools.plan.sizes import Sizes
 
 # 1000 numbers train in fp32, 600 of them in the LLM's layers; 2000 are frozen in bfloat16, 1800 of
-# them in the LLM's layers. A layer has 300 bytes.
+# them in the LLM: 1500 in its two layers, 300 in its embeddings (its head is the same).
 SIZES = Sizes(
     trained=4000,
     frozen=4000,
     trained_divided=2400,
     frozen_divided=3600,
-    layer=300,
-    largest=400,
+    frozen_outside=400,
+    layers=5400,
+    layer=2700,
     number=1000,
     number_divided=2400,
+    number_layer=1050,
 )
 # 5000 bytes of activations; the optimizer keeps 8 bytes a number, and takes 4 more in its step.
 SEEN = Rehearsal(
-    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, flops={}
-)
+    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, casts=700,
+    flops={},
+)  # fmt: skip
 SMALL = {"reduce_bucket_size": 100}
 
 
@@ -45,7 +48,7 @@ def test_one_process_holds_everything_at_the_moment_that_takes_most():
 
 
 def test_a_step_that_takes_more_than_the_backward_pass_counts():
-    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, {})
+    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, 0, {})
     found = alone(SIZES, seen)
     assert found.total == 4000 + 4000 + 4000 + 8000 + 4000  # weights, frozen, grads, state, step
     assert found.transient == 3900
@@ -67,15 +70,15 @@ def test_stage_2_divides_gradients_too():
 
 def test_stage_3_divides_the_llm():
     # Trained: 1600 outside the LLM whole, and a quarter of all 4000. Frozen: 400 outside, and a
-    # quarter of 3600. All 2400 numbers of the LLM are gathered; one bucket.
+    # quarter of 3600. All 6000 bytes of the LLM are gathered; one bucket.
     assert parts(zero(3, SIZES, SEEN, 4, options=SMALL)) == (
-        1600 + 1000, 400 + 900, 1000, 2000, 5000, 2400 * 4 + 400,
+        1600 + 1000, 400 + 900, 1000, 2000, 5000, 6000 + 400,
     )  # fmt: skip
 
 
 def test_stage_3_gathers_no_more_than_it_may():
-    given = {**SMALL, "stage3_max_live_parameters": "1e2"}
-    assert zero(3, SIZES, SEEN, 4, options=given).transient == 400 + 400
+    given = {**SMALL, "stage3_max_live_parameters": "6e2"}  # a quarter of the LLM
+    assert zero(3, SIZES, SEEN, 4, options=given).transient == 1500 + 400
 
 
 def test_offloading_moves_the_state_to_the_host():
@@ -83,21 +86,29 @@ def test_offloading_moves_the_state_to_the_host():
     assert parts(two) == (4000, 4000, 0, 0, 5000, 800)
     assert two.host == 2000 + 3 * 1000  # state; flat share, its gradients, a buffer
     three = zero(3, SIZES, SEEN, 4, offload=True, options=SMALL)
-    assert parts(three) == (1600, 400, 0, 0, 5000, 2400 * 4 + 400)
+    assert parts(three) == (1600, 400, 0, 0, 5000, 6000 + 400)
     assert three.host == 2000 + 1000 + 1500
 
 
-def test_fsdp_divides_the_layers_of_the_llm():
-    # Trained: 1600 whole and 2400/4; so gradients and state are 2200/4000 of all. Three layers are
-    # whole for a moment: two gathered, one of gradients.
-    assert parts(fsdp2(SIZES, SEEN, 4)) == (2200, 1300, 2200, 4400, 5000, 900)
+def test_fsdp_divides_what_trains_and_the_llm():
+    # Frozen: 400 outside, a quarter of 3600. Whole for a moment: what is in no layer (1600 that
+    # train, 600 of embeddings), two layers of 2700, gradients of one.
+    assert parts(fsdp2(SIZES, SEEN, 4)) == (1000, 1300, 1000, 2000, 5000, 2200 + 3 * 2700)
+    # In bfloat16 two layers take 1050 x 2 each, and stand for autocast's copies.
+    assert parts(fsdp2(SIZES, SEEN, 4, half=True)) == (
+        1000, 1300, 1000, 2000, 4300, 2200 + 2 * 2100 + 2700,
+    )  # fmt: skip
+
+
+def test_fsdp_on_one_gpu_divides_and_gathers_nothing():
+    assert parts(fsdp2(SIZES, SEEN, 1)) == (4000, 4000, 4000, 8000, 5000, 0)
 
 
 def test_an_adam_of_seven_billion_takes_sixteen_bytes_a_number():
     """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8."""
     n = 7 * 10**9
-    sizes = Sizes(4 * n, 0, 4 * n, 0, 0, 0, n, n)
-    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, {})
+    sizes = Sizes(trained=4 * n, frozen=0, trained_divided=4 * n, number=n, number_divided=n)
+    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, {})
     assert ddp(sizes, seen, 1).total == 16 * n
     three = zero(3, sizes, seen, 8)
     assert three.parameters + three.gradients + three.optimizer == 16 * n // 8

@@ -40,6 +40,7 @@ def test_llava_has_its_published_sizes(tmp_path):
     # All of the LLM but its output head may be divided.
     assert found.frozen_divided == 2 * (LLM - 32000 * 4096)
     assert found.trained_divided == 0
+    assert found.frozen_outside == 2 * clip + buffers
     assert found.layer == 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
 
 

@@ -17,6 +17,7 @@ SEEN = Rehearsal(
     gradients=0,
     optimizer=8 * 10**9,
     step=0,
+    casts=0,
     flops={
         (FORWARD, "encoders.image"): 1e12,
         (FORWARD, "llm"): 4e12,
@@ -24,7 +25,7 @@ SEEN = Rehearsal(
         (BACKWARD, "elsewhere"): 5e12,
     },
 )
-SIZES = Sizes(4 * 10**9, 0, 0, 0, 0, 0, 10**9, 0)
+SIZES = Sizes(trained=4 * 10**9, frozen=0, number=10**9)
 
 
 def test_a_run_of_ten_teraflops_a_micro_batch():
