@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from jsonargparse.typing import PositiveInt, restricted_number_type
@@ -12,10 +11,10 @@ from rich.console import Console
 
 from mmfusion.tools.plan import tables
 from mmfusion.tools.plan.checks import Checked, disk, recipe_checks, run_checks
-from mmfusion.tools.plan.gpus import gpu_of
-from mmfusion.tools.plan.memory import strategies
+from mmfusion.tools.plan.gpus import GPU, gpu_of
+from mmfusion.tools.plan.memory import Memory, strategies
 from mmfusion.tools.plan.recipe import Planned, plan_command
-from mmfusion.tools.plan.rendezvous import meet, meet_here, place_of
+from mmfusion.tools.plan.rendezvous import Place, meet, meet_here, place_of
 from mmfusion.tools.plan.work import Work, work
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.command import RecipeCommand
@@ -56,51 +55,72 @@ def plan(
     world, chosen = nodes * gpus, gpu_of(gpu)
     place = place_of(os.environ) if test else None
     if place is not None and place.rank:
-        meet(place, test_seconds)  # rank 0 does the rest
+        _meet(place, world, test_seconds)  # rank 0 does the rest
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    # First, for the other ranks wait.
+    ranks = [("rendezvous", lambda: _meet(place, world, test_seconds))] if test else []
+    found = run_checks(ranks)
     command = RecipeCommand("", ["--config", recipe, *(overrides or [])])
-    found = run_checks(recipe_checks(command, world))
-    plans: list[tuple[Planned, Work]] = []
-
-    def fits() -> str:
-        planned = plan_command(command, world)
-        splits = command.datamodule.packs_per_step / command.datamodule.packs_per_micro_batch
-        done = work(
-            planned.seen, planned.sizes, planned.frozen_parts, splits,
-            planned.given.pack_tokens * command.datamodule.packs_per_step, planned.steps, chosen,
-            world, mfu,
-        )  # fmt: skip
-        plans.append((planned, done))
-        own, options = _strategy(command)
-        half = str(command.config.trainer.precision) == "bf16-mixed"
-        memories = strategies(planned.sizes, planned.seen, world, options, half)
-        console.print(tables.memory_table(memories, chosen, world))
-        console.print(tables.MEMORY_NOTE, soft_wrap=True)
-        console.print(tables.activations_table(planned))
-        saving = _saving(command)
-        for line in tables.work_lines(done, chosen, world, mfu, saving.every_n_steps):
-            console.print(line, soft_wrap=True)
-        for note in planned.notes:
-            console.print(f"Note: {note}", soft_wrap=True)
-        return tables.memory_problem(memories, chosen, own)
-
-    def space() -> str:
-        size = plans[0][1].checkpoint if plans else 0
-        steps = plans[0][0].steps if plans else None
-        return disk(command.config.run_dir, size, _saving(command), steps)
-
-    last: list[tuple[str, Callable[[], str]]] = [("memory", fits), ("disk", space)]
-    if test:
-        last.append(("rendezvous", lambda: _meet(place, world, test_seconds)))
-    found += run_checks(last)
-    console.print(tables.checks_table(found))
+    found += run_checks(recipe_checks(command, world))
+    report = _Report(command, world, chosen, mfu)
+    found += run_checks([("memory", report.memory), ("disk", report.disk)])
+    report.console.print(tables.checks_table(found))
     if failed := [check for check in found if not check.passed]:
         _tell(failed)
         raise SystemExit(1)
 
 
-def _meet(place: Any, world: int, seconds: float) -> str:
+class _Report:
+    """Prints what a recipe needs; its methods are checks."""
+
+    def __init__(self, command: RecipeCommand, world: int, gpu: GPU, mfu: float) -> None:
+        self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self.command, self.world, self.gpu, self.mfu = command, world, gpu, mfu
+        self.saving = _saving(command)
+        self.work: Work | None = None
+
+    def memory(self) -> str:
+        """Plan the recipe; whether it fits."""
+        planned = plan_command(self.command, self.world)
+        self.work = self._work(planned)
+        own, options = _strategy(self.command)
+        half = str(self.command.config.trainer.precision) == "bf16-mixed"
+        found = strategies(planned.sizes, planned.seen, self.world, options, half)
+        self._show(planned, self.work, found)
+        return tables.memory_problem(found, self.gpu, own)
+
+    def disk(self) -> str:
+        """Whether the checkpoints have room."""
+        size, steps = (self.work.checkpoint, self.work.steps) if self.work else (0, None)
+        return disk(self.command.config.run_dir, size, self.saving, steps)
+
+    def _work(self, planned: Planned) -> Work:
+        packs, given = self.command.datamodule.packs_per_step, planned.given
+        return work(
+            planned.seen,
+            planned.sizes,
+            planned.frozen_parts,
+            micro_batches=packs / given.packs,
+            tokens=packs * given.pack_tokens,
+            steps=planned.steps,
+            gpu=self.gpu,
+            gpus=self.world,
+            mfu=self.mfu,
+            inherited=planned.inherited,
+        )
+
+    def _show(self, planned: Planned, done: Work, found: list[Memory]) -> None:
+        self.console.print(tables.memory_table(found, self.gpu, self.world))
+        self.console.print(tables.MEMORY_NOTE, soft_wrap=True)
+        self.console.print(tables.activations_table(planned))
+        every = self.saving.every_n_steps
+        for line in tables.work_lines(done, self.gpu, self.world, self.mfu, every):
+            self.console.print(line, soft_wrap=True)
+        for note in planned.notes:
+            self.console.print(f"Note: {note}", soft_wrap=True)
+
+
+def _meet(place: Place | None, world: int, seconds: float) -> str:
     if place is None:
         return meet_here(world, seconds)
     if place.world != world:
@@ -124,7 +144,8 @@ def _strategy(command: RecipeCommand) -> tuple[str | None, dict[str, Any]]:
     """
     given = command.config.get("strategy") or command.config_init.trainer.get("strategy")
     if isinstance(given, ZeRO):
-        return f"deepspeed_{given.stage}", dict(given.config["zero_optimization"])
+        config: dict[str, Any] = dict(given.config or {})  # type: ignore[arg-type]
+        return f"deepspeed_{given.stage}", config["zero_optimization"]
     return (given if given != "auto" else None) if isinstance(given, str) else None, {}
 
 

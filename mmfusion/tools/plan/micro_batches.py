@@ -26,12 +26,14 @@ class Given:
     Attributes:
         batches: some of them.
         origin: where they are from, for the report.
+        packs: mean packs of a micro-batch.
         pack_tokens: mean tokens of a pack, without padding.
         real: whether they are the recipe's own data.
     """
 
     batches: list[Batch]
     origin: str
+    packs: float
     pack_tokens: float
     real: bool
 
@@ -44,25 +46,26 @@ def micro_batches(data: MultimodalData, processor: Processor, world: int) -> Giv
     """
     data.attach(processor)
     division = data.division(0, world)
-    stream = Stream(data.state, data.sources, processor)
-    batches: list[Batch] = []
+    stream, size = Stream(data.state, data.sources, processor), division.packs_per_micro_batch
+    found: list[tuple[Batch, int]] = []
     step = 0
-    while len(batches) < MOST:
+    while len(found) < MOST:
         count = data.packs_per_step
         local = stream.local_step(step, step * count, count, 0, world)
         made = make_micro_batches(local, division, processor, data.pad_rows)
-        made = [batch for batch in made if batch.samples]
-        if not made:
+        packs = [len(local.packs[i * size : (i + 1) * size]) for i in range(len(made))]
+        pairs = [pair for pair in zip(made, packs, strict=True) if pair[0].samples]
+        if not pairs:
             break
-        batches += made
+        found += pairs
         step += 1
-    batches = batches[:MOST]
-    if not batches:
+    found = found[:MOST]
+    if not found:
         raise ValueError("the data give no pack; see the checks of data.sources.")
+    batches, total = [batch for batch, _ in found], sum(packs for _, packs in found)
     tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
-    packs = len(batches) * min(division.packs_per_micro_batch, -(-data.packs_per_step // world))
-    origin = f"the first {len(batches)} micro-batches of the recipe's data"
-    return Given(batches, origin, tokens / packs, real=True)
+    origin = f"the first {len(batches)} of the recipe's data"
+    return Given(batches, origin, total / len(batches), tokens / total, real=True)
 
 
 def made_up(data: MultimodalData, processor: Processor, world: int) -> Given:
@@ -80,4 +83,4 @@ def made_up(data: MultimodalData, processor: Processor, world: int) -> Given:
     batch.cu_seqlens = starts
     batch.samples = [BatchSample(SampleRef("made up", 0, index), "", "") for index in range(packs)]
     origin = "full packs of text alone, made up"
-    return Given([batch], origin, data.pack_tokens, real=False)
+    return Given([batch], origin, packs, data.pack_tokens, real=False)

@@ -13,7 +13,10 @@ from mmfusion.audit import audit
 from mmfusion.tools.plan.micro_batches import Given, made_up, micro_batches
 from mmfusion.tools.plan.rehearsal import Rehearsal, rehearse
 from mmfusion.tools.plan.sizes import Sizes, sizes
+from mmfusion.training.checkpoint import read_checkpoint, trained_names
 from mmfusion.training.command import RecipeCommand
+from mmfusion.training.module import MultimodalModule
+from mmfusion.training.resume import complete_checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Planned:
         given: the micro-batches that were rehearsed.
         frozen_parts: names of parts of which nothing trains.
         steps: optimizer steps of the run, None where it has no end.
+        inherited: bytes of what an earlier stage trained and this one keeps.
         notes: what was assumed.
     """
 
@@ -34,6 +38,7 @@ class Planned:
     given: Given
     frozen_parts: set[str]
     steps: int | None
+    inherited: int
     notes: list[str]
 
 
@@ -85,7 +90,7 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
         )
     if module.compile_llm:
         notes.append("model.compile fuses operations: activations are a little less than here.")
-    found = sizes(module)
+    found, inherited = sizes(module), _inherited(module)
     frozen = {
         name
         for name, part in module.model.parts()
@@ -95,7 +100,20 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
     seen = rehearse(
         module, given.batches, str(command.config.trainer.precision), splits > 1, on_gpu
     )
-    return Planned(found, seen, given, frozen, _steps(command, given), notes)
+    steps = _steps(command, given)
+    return Planned(found, seen, given, frozen, steps, inherited, notes)
+
+
+def _inherited(module: MultimodalModule) -> int:
+    """Bytes that a checkpoint keeps of ``init_from``."""
+    if not module.init_from:
+        return 0
+    try:
+        path = complete_checkpoint(module.init_from, "model.init_from")
+    except (ValueError, OSError):
+        return 0  # a check of its own says so
+    state, trained = read_checkpoint(path, "meta")["state_dict"], trained_names(module)
+    return sum(x.numel() * x.element_size() for name, x in state.items() if name not in trained)
 
 
 def _steps(command: RecipeCommand, given: Given) -> int | None:
@@ -103,7 +121,7 @@ def _steps(command: RecipeCommand, given: Given) -> int | None:
     data, most = command.datamodule, int(command.config.trainer.max_steps)
     if data.epochs is None or not given.real:
         return most if most > 0 else None
-    packs = len(given.batches) * data.packs_per_micro_batch
+    packs = len(given.batches) * given.packs
     samples_a_pack = sum(len(batch.samples) for batch in given.batches) / packs
     samples = data.epochs * sum(len(source) for source in data.sources.values() if source.weight)
     steps = math.ceil(samples / samples_a_pack / data.packs_per_step)

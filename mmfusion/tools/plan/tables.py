@@ -48,7 +48,7 @@ def activations_table(planned: Planned) -> Table:
     """Where activations are, and what computes."""
     seen = planned.seen
     table = Table(
-        title=f"A micro-batch: activations at their peak, GFLOP ({planned.given.origin})",
+        title=f"A micro-batch: activations at their peak, GFLOP (of {planned.given.origin})",
         title_justify="left",
     )
     table.add_column("part")
@@ -81,8 +81,8 @@ def work_lines(found: Work, gpu: GPU, gpus: int, mfu: float, every: int) -> list
         f"The run: {found.seconds:,.3g} s a step at {mfu:.0%} of {gpus} x "
         f"{gpu.flops / TERA:,.0f} TFLOP/s; {days}. Reading data, saving and validation come on "
         "top.",
-        f"A checkpoint: {found.checkpoint / GIB:,.3f} GiB, what trains and the optimizer's state. "
-        f"checkpoint.every_n_steps is {every}; {found.every:,} lose least time (a failure each "
+        f"A checkpoint: {found.checkpoint / GIB:,.3f} GiB, what trains or trained before, and the "
+        f"optimizer's state. checkpoint.every_n_steps is {every}; {found.every:,} lose least time (a failure each "
         f"{GPU_HOURS_A_FAILURE:,} GPU hours, 1 GB/s to disk, at most an hour between two).",
     ]
 

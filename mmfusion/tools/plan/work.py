@@ -31,7 +31,7 @@ class Work:
         backward: FLOPs of its backward pass.
         recompute: FLOPs that gradient checkpointing does twice; not counted by the MFU.
         seconds: of a step at the MFU.
-        checkpoint: bytes of a checkpoint: what trains, and the optimizer's state.
+        checkpoint: bytes of a checkpoint: what trains or trained before, and the optimizer's state.
         every: steps between checkpoints that lose least time to writing and to failures.
     """
 
@@ -66,6 +66,7 @@ def work(
     gpu: GPU,
     gpus: int,
     mfu: float,
+    inherited: int = 0,
 ) -> Work:
     """Put together.
 
@@ -79,6 +80,7 @@ def work(
         gpu: each of them.
         gpus: how many.
         mfu: share of the GPUs' peak that is used.
+        inherited: bytes of earlier stages that checkpoints keep.
     """
     idle = sum(
         flops
@@ -87,7 +89,7 @@ def work(
     )
     flops = seen.work(FORWARD, BACKWARD) * micro_batches
     seconds = flops / (gpus * gpu.flops * mfu)
-    checkpoint = sizes.trained + seen.optimizer
+    checkpoint = sizes.trained + seen.optimizer + inherited
     every = round(interval(checkpoint, gpus) / seconds) if seconds else 1
     return Work(
         steps=steps,

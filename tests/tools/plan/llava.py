@@ -1,8 +1,12 @@
-"""LLaVA-1.5 7B as a recipe of configurations alone: no weight of it exists."""
+"""LLaVA-1.5 7B as a recipe of configurations alone: no weight of it exists.
+
+python -m tests.tools.plan.llava runs/llava && mmfusion plan runs/llava/recipe.yaml
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +79,13 @@ def write_llava(folder: Path, **changes: Any) -> str:
                 }
             },
             "pack_tokens": 2048,
-            "packs_per_step": 64,
+            "packs_per_step": 80,
         },
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return str(path)
+
+
+if __name__ == "__main__":
+    print(write_llava(Path(sys.argv[1])))

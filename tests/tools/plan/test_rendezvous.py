@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mmfusion.tools.plan.rendezvous import Place, RendezvousError, meet, meet_here, place_of
+from tests.training.tiny import write_recipe
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
 
@@ -58,6 +59,20 @@ def test_a_process_that_is_not_started_is_named():
         RendezvousError, match=r"rank 1 of 3 did not come within 20 s.*ranks 0, 2 came"
     ):
         meet_here(3, 20, leave_out=[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_plan_under_torchrun_is_told_once(tmp_path):
+    recipe = write_recipe(tmp_path)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mmfusion"]
+    options = ["plan", str(recipe), "--gpus=2", "--test", "--test_seconds=300"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks met and summed over gloo") == 1
+    assert done.stdout.count("deepspeed_3_offload") > 0
 
 
 @pytest.mark.slow
