@@ -82,8 +82,9 @@ def work_lines(found: Work, gpu: GPU, gpus: int, mfu: float, every: int) -> list
         f"{gpu.flops / TERA:,.0f} TFLOP/s; {days}. Reading data, saving and validation come on "
         "top.",
         f"A checkpoint: {found.checkpoint / GIB:,.3f} GiB, what trains or trained before, and the "
-        f"optimizer's state. checkpoint.every_n_steps is {every}; {found.every:,} lose least time (a failure each "
-        f"{GPU_HOURS_A_FAILURE:,} GPU hours, 1 GB/s to disk, at most an hour between two).",
+        f"optimizer's state. checkpoint.every_n_steps is {every}; {found.every:,} lose least time "
+        f"(a failure each {GPU_HOURS_A_FAILURE:,} GPU hours, 1 GB/s to disk, at most an hour "
+        "between two).",
     ]
 
 
