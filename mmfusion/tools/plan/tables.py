@@ -20,7 +20,7 @@ COLUMNS = (
 MEMORY_NOTE = (
     "At the moment that takes most. parameters: what trains, with a strategy's copies. transient: "
     "buckets, gathered weights, the optimizer's step. fits: with 1 GiB for CUDA, NCCL and "
-    "workspaces. Not counted: fragmentation, loader processes, judges."
+    "workspaces. Not counted: fragmentation, loader processes, judges, answers of validations."
 )
 
 
