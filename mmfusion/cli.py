@@ -44,6 +44,10 @@ TOOLS = {
         "mmfusion.tools.describe:describe",
         "parts, shapes, parameters, memory of a recipe",
     ),
+    "plan": (
+        "mmfusion.tools.plan.main:plan",
+        "memory by strategy, days, and what would fail in a run's first hour",
+    ),
     "launch": (
         "mmfusion.tools.launch.main:launch",
         "start a recipe here, under torchrun, on Slurm or on Kubernetes",

@@ -1,0 +1,187 @@
+"""Memory of one GPU under each strategy, by formula from what one process took in the rehearsal.
+
+W ranks; all in bytes. A strategy changes where weights, gradients and optimizer state are, and what
+is gathered or sent; activations are those of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mmfusion.tools.plan.rehearsal import Rehearsal
+from mmfusion.tools.plan.sizes import Sizes
+
+FP32 = 4
+RESERVED = 1 << 30
+"""Bytes of a GPU that are no tensors: CUDA's context, NCCL's buffers, workspaces of kernels."""
+BUCKET = 200_000_000
+"""Numbers of a bucket of gradients (``reduce_bucket_size`` of Lightning's DeepSpeedStrategy)."""
+LIVE = 1_000_000_000
+"""Gathered numbers that ZeRO stage 3 keeps at most (``max_live_parameters`` there)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU, at the moment that takes most.
+
+    Attributes:
+        strategy: its name.
+        parameters: weights that train, with a strategy's own copies of them.
+        frozen: weights that do not.
+        gradients: that stay until the step.
+        optimizer: state between steps.
+        activations: what the backward pass needs, with its own tensors.
+        transient: buckets, gathered weights, and what the optimizer's step takes beyond the others.
+        host: of the machine's own memory, for each GPU, where something is offloaded.
+    """
+
+    strategy: str
+    parameters: int
+    frozen: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transient: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it, on the GPU."""
+        return (
+            self.parameters
+            + self.frozen
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.transient
+        )
+
+    def fits(self, memory: int) -> bool:
+        """Into a GPU of so many bytes."""
+        return self.total + RESERVED <= memory
+
+
+def alone(sizes: Sizes, seen: Rehearsal) -> Memory:
+    """One process, no strategy."""
+    activations = seen.peak - seen.gradients
+    return Memory(
+        "none",
+        parameters=sizes.trained,
+        frozen=sizes.frozen,
+        gradients=seen.gradients,
+        optimizer=seen.optimizer,
+        activations=activations,
+        transient=max(0, seen.step - activations),
+    )
+
+
+def ddp(sizes: Sizes, seen: Rehearsal, world: int) -> Memory:
+    """As one process; the buckets that gradients are sent in are a copy of them."""
+    one = alone(sizes, seen)
+    return replace(
+        one, strategy="ddp", transient=one.transient + (seen.gradients if world > 1 else 0)
+    )
+
+
+def zero(
+    stage: int,
+    sizes: Sizes,
+    seen: Rehearsal,
+    world: int,
+    offload: bool = False,
+    options: Mapping[str, object] | None = None,
+) -> Memory:
+    """DeepSpeed's ZeRO as :class:`mmfusion.training.strategies.zero.ZeRO` sets it up: what trains
+    in fp32, frozen parts whole but for the LLM in stage 3.
+
+    Args:
+        stage: 1 divides the optimizer's state, 2 gradients too, 3 the LLM's weights too.
+        sizes: of the weights.
+        seen: in the rehearsal.
+        world: ranks.
+        offload: the optimizer's state (and in stage 3 what is divided) is in the host's memory.
+        options: fields of ``zero_optimization`` that differ from Lightning's.
+    """
+    given = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE, **(options or {})}
+    bucket = _number(given["reduce_bucket_size"]) * FP32
+    share = -(-sizes.number * FP32 // world)  # of what trains
+    state = -(-seen.optimizer // world)
+    if stage < 3:
+        # The flat share that the optimizer steps is a copy; two buckets are filled in turn.
+        parameters, frozen = sizes.trained + (0 if offload else share), sizes.frozen
+        buckets, gathered = 2 * bucket, 0
+        host = state + 3 * share if offload else 0  # with the flat share, its gradients, a buffer
+    else:
+        divided = sizes.trained_divided + sizes.frozen_divided
+        part = 0 if offload else -(-divided // world)
+        outside = sizes.trained - sizes.trained_divided
+        whole = outside + (0 if offload else -(-outside // world))
+        part_trained = 0 if offload else -(-sizes.trained_divided // world)
+        parameters = whole + part_trained
+        frozen = sizes.frozen - sizes.frozen_divided + part - part_trained
+        live = _number(given["stage3_max_live_parameters"])
+        gathered = round(divided * min(1.0, live / max(1, sizes.number_divided)))
+        buckets = bucket
+        host = state + share - (-divided // world) if offload else 0
+    gradients = sizes.number * FP32 if stage == 1 else 0 if offload else share
+    # The step: gradients of the share laid flat, and what the optimizer takes for it.
+    step = 0 if offload else share + -(-seen.step // world)
+    return Memory(
+        f"deepspeed_{stage}" + ("_offload" if offload else ""),
+        parameters=parameters,
+        frozen=frozen,
+        gradients=gradients,
+        optimizer=0 if offload else state,
+        activations=seen.activations,
+        transient=max(buckets + gathered, step - seen.activations),
+        host=host,
+    )
+
+
+def fsdp2(sizes: Sizes, seen: Rehearsal, world: int, half: bool = False) -> Memory:
+    """PyTorch's FSDP2 as :class:`mmfusion.training.strategies.fsdp2.FSDP2` sets it up: what trains
+    and the LLM are divided, other frozen parts whole. A layer is gathered while the one before it
+    runs; what is in no layer is whole during a step.
+
+    Args:
+        sizes: of the weights.
+        seen: in the rehearsal.
+        world: ranks.
+        half: layers are gathered in bfloat16, in place of autocast's copies.
+    """
+    layer = sizes.number_layer * 2 if half else sizes.layer
+    rest = sizes.trained + sizes.frozen - sizes.frozen_outside - sizes.layers
+    # On their way: gradients of a layer, or of what is in none.
+    sent = max(sizes.layer if sizes.trained_divided else 0, sizes.trained - sizes.trained_divided)
+    activations = seen.activations - (seen.casts if half and world > 1 else 0)
+    gathered = rest + 2 * layer + sent if world > 1 else 0
+    return Memory(
+        "fsdp2",
+        parameters=-(-sizes.trained // world),
+        frozen=sizes.frozen_outside - (sizes.frozen_outside - sizes.frozen) // world,
+        gradients=-(-seen.gradients // world),
+        optimizer=-(-seen.optimizer // world),
+        activations=activations,
+        transient=max(gathered, -(-seen.step // world) - activations),
+    )
+
+
+def strategies(
+    sizes: Sizes,
+    seen: Rehearsal,
+    world: int,
+    options: Mapping[str, object] | None = None,
+    half: bool = False,
+) -> list[Memory]:
+    """All of them. Arguments are those of :func:`zero` and :func:`fsdp2`."""
+    made = [(stage, offload) for offload in (False, True) for stage in (1, 2, 3)]
+    return [
+        ddp(sizes, seen, world),
+        *(zero(s, sizes, seen, world, o, options) for s, o in made if (s, o) != (1, True)),
+        fsdp2(sizes, seen, world, half),
+    ]
+
+
+def _number(value: object) -> int:
+    return int(float(str(value)))
