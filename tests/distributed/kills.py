@@ -61,7 +61,7 @@ STRATEGIES = {
 """Options of each strategy. Those that save in folders do not write behind training."""
 MANIFEST = "manifest.json"
 STEPS, EVERY, KEEP = 36, 3, 2
-LIMIT = 90.0
+LIMIT = 300.0
 """Seconds in which the ranks that are left have to end."""
 CLOSE = 1e-5
 """Relative difference of losses where strategy or number of ranks change."""
@@ -159,7 +159,7 @@ class Run:
     def start(self, setting: Setting) -> list[BaseProcess]:
         """The same command as ever."""
         args = ["fit", "-c", str(self.kills.recipe), f"--run_dir={self.path}"]
-        args += [f"--trainer.devices={setting.ranks}", "--timeout_minutes=0.5"]
+        args += [f"--trainer.devices={setting.ranks}", "--timeout_minutes=3"]
         args += [*STRATEGIES[setting.strategy], *self.options]
         self.ranks = jobs.start_ranks(
             args, self.home / "log", setting.ranks, prepare=Inside(str(self.home))
