@@ -76,7 +76,7 @@ def begin(segment: Segment) -> tuple[Any, str]:
         x_primary=segment.node == 0,
         x_update_finish_state=segment.node == 0,
     )
-    about = {"id": segment.run_id, "name": segment.name, "project": segment.project}
+    about: dict[str, Any] = {"id": segment.run_id, "name": segment.name, "project": segment.project}
     missing = why_not_online(segment.choice, host, segment.timeout)
     reason = missing
     with held(*WARNINGS):  # its service is a process of its own
