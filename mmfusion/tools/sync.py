@@ -30,7 +30,7 @@ def sync(run: str, project: str = "mmfusion") -> None:
             "directory that `mmfusion fit` wrote."
         )
     segment = Segment(directory.path.absolute(), directory.id, directory.path.name, project)
-    segment = replace(segment, choice="online", timeout=30.0)
+    segment = replace(segment, choice="online", timeout=30.0, measures=False)
     if reason := why_not_online(segment.choice, host := server(), segment.timeout):
         raise ValueError(f"W&B cannot be reached: {reason}.")
     with directory.held():

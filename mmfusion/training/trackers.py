@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -50,6 +51,6 @@ def default_loggers(
                 "or leave tensorboard out; metrics.csv has every metric."
             )
         # Steps that are logged again replace those of the start before.
-        again = {"purge_step": step} if attempt > 1 else {}
+        again: dict[str, Any] = {"purge_step": step} if attempt > 1 else {}
         loggers.append(TensorBoardLogger(run_dir, "tensorboard", "", **again))
     return loggers

@@ -57,7 +57,7 @@ def _use_parent(run: Any, parent: Parent) -> None:
     """By name, for which the server must be asked."""
     if run.settings._offline:
         return
-    reasons = []
+    reasons: list[str] = []
 
     def ask() -> None:
         for name in (f"model-{parent.id}:step-{parent.step}", f"checkpoint-{parent.id}:latest"):

@@ -41,6 +41,7 @@ class Segment:
         timeout: seconds to wait for the server to answer.
         node: number of this machine in the run.
         nodes: machines of the run. With several, each has a segment.
+        measures: what this machine does.
     """
 
     run_dir: Path
@@ -51,6 +52,7 @@ class Segment:
     timeout: float = 5.0
     node: int = 0
     nodes: int = 1
+    measures: bool = True
 
 
 def begin(segment: Segment) -> tuple[Any, str]:
@@ -73,10 +75,11 @@ def begin(segment: Segment) -> tuple[Any, str]:
         finish_timeout=60.0,
         x_transaction_log_flush_interval=FLUSH_SECONDS,
         x_label=f"node-{segment.node}" if several else None,
+        x_disable_stats=not segment.measures,
         x_primary=segment.node == 0,
         x_update_finish_state=segment.node == 0,
     )
-    about = {"id": segment.run_id, "name": segment.name, "project": segment.project}
+    about: dict[str, Any] = {"id": segment.run_id, "name": segment.name, "project": segment.project}
     missing = why_not_online(segment.choice, host, segment.timeout)
     reason = missing
     with held(*WARNINGS):  # its service is a process of its own

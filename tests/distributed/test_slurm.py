@@ -16,6 +16,9 @@ import pytest
 import yaml
 
 from mmfusion.cli import main
+from mmfusion.tools.launch.job import Job
+from mmfusion.tools.launch.scripts import slurm_array
+from mmfusion.tools.launch.site import Site
 from mmfusion.training.run import RunDirectory
 from tests.distributed.slurm import Cluster, missing
 from tests.training import jobs
@@ -155,6 +158,37 @@ def test_a_recipe_that_is_none_is_not_tried_again(cluster, home):
     assert job.log().count("Expected a <class 'int'>. Got value: oops") == 2  # by two ranks
 
 
+def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
+    """The last one too, whose job id is the whole array's. In mmfusion's place is a program that
+    notes its starts, and is preempted at the first one of task 3.
+    """
+    program = tmp_path / "bin" / "mmfusion"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/bash\n"
+        'echo $1 >> "$RUN_DIR/starts"\n'
+        '[ "$(wc -l < "$RUN_DIR/starts")" = 1 ] && [ $SLURM_ARRAY_TASK_ID = 3 ] && exit 75\n'
+        "sleep 3\n"
+    )
+    program.chmod(0o755)
+    runs = {number: tmp_path / f"trial-{number}" for number in (1, 2, 3)}
+    for run in (*runs.values(), tmp_path / "launch"):
+        run.mkdir()
+    site = Site(setup=[f"export PATH={program.parent}:$PATH"])
+    site.slurm.options = {"cpus-per-task": 1}
+    job = Job(["recipe.yaml"], [], str(tmp_path), site=site)
+    tasks = {number: (str(run), ["recipe.yaml"]) for number, run in runs.items()}
+    script = tmp_path / "array.sbatch"
+    script.write_text(slurm_array(job, tasks, None))
+    number = cluster.said("sbatch", "--parsable", str(script)).strip()
+    deadline = time.monotonic() + 120
+    while cluster.said("squeue", "-h", "-r", "-j", number, "-o", "%T"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    starts = [(run / "starts").read_text().split() for run in runs.values()]
+    assert starts == [["fit"], ["fit"], ["fit", "fit"]]
+
+
 def test_a_sweep_is_an_array_that_goes_on(cluster, home, monkeypatch, capsys):
     """A trial is warned, and queued again; a second call finds all of it done."""
     for name, value in cluster.environment.items():
@@ -163,20 +197,18 @@ def test_a_sweep_is_an_array_that_goes_on(cluster, home, monkeypatch, capsys):
     space = home / "space.yaml"
     values = {"data.seed": {"values": [1, 2, 3]}}
     space.write_text(yaml.safe_dump({"method": "grid", "parameters": values}))
-    args = ["sweep", str(recipe), str(space), "--on=slurm", "--at_once=2"]
+    args = ["sweep", str(recipe), str(space), "--on=slurm", "--at_once=3"]
     args += [f"--run_dir={home}/sweep", f"--site={home}/site.yaml", "--time=01:00:00"]
     monkeypatch.setenv("PYTHONPATH", jobs.ROOT)
     sweep = [sys.executable, "-m", "mmfusion", *args]
     with subprocess.Popen(sweep, stdout=subprocess.PIPE, text=True) as process:
-        csv = home / "sweep" / "trial-0002" / "metrics.csv"
+        csv = home / "sweep" / "trial-0003" / "metrics.csv"
         deadline = time.monotonic() + 200
         while not csv.exists() or len(csv.read_text().splitlines()) < 6:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         number = json.loads((home / "sweep/launch/job.json").read_text())["id"]
-        states = cluster.said("squeue", "-h", "-r", "-j", number, "-o", "%T").split()
-        assert states.count("RUNNING") <= 2
-        cluster.said("scancel", "--signal=USR1", f"{number}_2")
+        cluster.said("scancel", "--signal=USR1", f"{number}_3")  # its id is the whole array's
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     runs = [RunDirectory(home / "sweep" / f"trial-000{i}") for i in (1, 2, 3)]
@@ -185,6 +217,6 @@ def test_a_sweep_is_an_array_that_goes_on(cluster, home, monkeypatch, capsys):
         assert sorted(losses(run)) == [*range(STEPS)]
         assert yaml.safe_load(run.config.read_text())["data"]["seed"] == seed
         assert run.path.name in said
-    assert [len(run.attempts()) for run in runs] == [1, 2, 1]
+    assert [len(run.attempts()) for run in runs] == [1, 1, 2]
     main(args)
     assert "submitted" not in capsys.readouterr().out

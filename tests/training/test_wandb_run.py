@@ -13,8 +13,8 @@ from mmfusion.data.writer import ShardWriter
 from mmfusion.training.loggers import ATTEMPT, STEP, read_metrics
 from mmfusion.training.run import RunDirectory
 from tests.recipes.tiny_cache import encoders
-from tests.training.test_loggers import records
 from tests.training.tiny import fit, write_recipe
+from tests.training.wandb_process import records
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from tests.training.wandb_server import serving
 
 pytestmark = pytest.mark.slow
 PARAMETERS = {
-    "trainer.max_steps": {"values": [3, 2]},
+    "trainer.max_steps": {"value": 2},
     "model.tuning.llm.init_args.lr": {"values": [1e-2, 1e-5]},
 }
 
@@ -56,7 +56,7 @@ def test_a_sweep_runs_each_trial_and_shows_the_best_first(
     text = capsys.readouterr().out
     assert "command are for W&B's agents" in text
     rows = shown(text)
-    assert len(rows) == 4
+    assert len(rows) == 2
     found = {}
     for row in rows:
         run = RunDirectory(tmp_path / "sweep" / row[0])
@@ -66,10 +66,7 @@ def test_a_sweep_runs_each_trial_and_shows_the_best_first(
         assert recipe["trainer"]["max_steps"] == int(row[3])
         assert recipe["model"]["tuning"]["llm"]["init_args"]["lr"] == float(row[4])
         found[row[0]] = (int(row[3]), float(row[4]))
-    assert found == {
-        "trial-0001": (3, 1e-2), "trial-0002": (3, 1e-5),
-        "trial-0003": (2, 1e-2), "trial-0004": (2, 1e-5),
-    }  # fmt: skip
+    assert found == {"trial-0001": (2, 1e-2), "trial-0002": (2, 1e-5)}
     losses = [float(row[1]) for row in rows]
     assert losses == sorted(losses)
     main(sweep(tmp_path))  # nothing is left to do
@@ -139,14 +136,14 @@ def test_w_and_bs_agent_runs_trials_each_in_its_own_directory(tmp_path: Path) ->
         state = server.state()
     assert not state["unknown"], done.stderr
     given = state["sweeps"]["sweep0"]["given"]
-    assert len(given) == 4
+    assert len(given) == 2
     for name, values in given.items():
         run = RunDirectory(tmp_path / "sweep" / f"sweep0-{name}")
         assert run.id == name
         assert run.status()["state"] == "finished", done.stderr
-        assert yaml.safe_load(run.config.read_text())["trainer"]["max_steps"] == values[
-            "trainer.max_steps"
-        ]  # fmt: skip
+        recipe = yaml.safe_load(run.config.read_text())
+        rate = recipe["model"]["tuning"]["llm"]["init_args"]["lr"]
+        assert rate == values["model.tuning.llm.init_args.lr"]
         assert state["runs"][name]["sweep"] == "sweep0"
         assert len(state["runs"][name]["history"]) >= values["trainer.max_steps"]
     assert os.listdir(tmp_path / "sweep")

@@ -211,7 +211,7 @@ def test_validation_leaves_training_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_table_of_samples_goes_to_wandb_with_its_media(tmp_path: Path, assets: Path) -> None:
     from mmfusion.training.callbacks.table import Answered, log_table
-    from mmfusion.training.loggers import default_loggers
+    from mmfusion.training.trackers import default_loggers
 
     files = {
         "image": next((assets / "pictures").glob("*.jpg")),
