@@ -183,7 +183,7 @@ def _part_row(name: str, part: nn.Module, groups: Sequence[tuning.ParamGroup]) -
 
 def _media_row(model: AnyToAnyModel, modality: str) -> MediaRow:
     processor = model.processor()
-    example, media = _EXAMPLES.get(modality, ("", _nothing))
+    example, media = EXAMPLES.get(modality, ("", _nothing))
     encoder, projector = (model.get_submodule(f"{kind}.{modality}") for kind in _MEDIA_PARTS)
     widths = (cast(Encoder, encoder).out_dim, model.llm.hidden_dim)
     try:
@@ -245,11 +245,12 @@ def _nothing() -> Media:
     raise DataError("unknown", "no example of this modality")
 
 
-_EXAMPLES: dict[str, tuple[str, Callable[[], Media]]] = {
+EXAMPLES: dict[str, tuple[str, Callable[[], Media]]] = {
     "image": ("640 x 480 pixels", _image),
     "audio": ("10 s", _audio),
     "video": ("10 s at 10 frames/s", _video),
 }
+"""What each is, and a function that makes it."""
 
 
 # ---- tables

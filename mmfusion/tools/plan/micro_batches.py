@@ -4,19 +4,21 @@ up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 from mmfusion.data.collate import collate
 from mmfusion.data.datamodule import MultimodalData
 from mmfusion.data.loader import make_micro_batches
 from mmfusion.data.stream import Stream
 from mmfusion.processing.processor import Processor
-from mmfusion.types import IGNORE_INDEX, Batch, BatchSample, SampleRef
+from mmfusion.tools.describe import EXAMPLES
+from mmfusion.types import Batch, EncodedSample, Media, Message, Sample, SampleRef, Text
 
 MOST = 3
 """Micro-batches that are looked at."""
+WORDS = 64
+"""Of a sample that is made up."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,63 @@ def micro_batches(data: MultimodalData, processor: Processor, world: int) -> Giv
 
 
 def made_up(data: MultimodalData, processor: Processor, world: int) -> Given:
-    """Full packs of text, each token a label, without media: all that is known without data."""
-    packs = min(data.packs_per_micro_batch, -(-data.packs_per_step // world))
-    batch = collate([], processor)
-    length = packs * data.pack_tokens
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    labels = ids.clone()
-    starts = torch.arange(packs + 1, dtype=torch.int32) * data.pack_tokens
-    labels[0, starts[:-1].long()] = IGNORE_INDEX
-    batch.input_ids, batch.labels = ids, labels
-    batch.position_ids = torch.arange(data.pack_tokens).repeat(packs)[None]
-    batch.segment_ids = torch.arange(packs).repeat_interleave(data.pack_tokens)[None]
-    batch.cu_seqlens = starts
-    batch.samples = [BatchSample(SampleRef("made up", 0, index), "", "") for index in range(packs)]
-    origin = "full packs of text alone, made up"
-    return Given([batch], origin, packs, data.pack_tokens, real=False)
+    """A micro-batch of packs of samples that have an item each, of the modalities in turn, and a
+    few dozen words; where no example fits, of words alone.
+    """
+    count = min(data.packs_per_micro_batch, -(-data.packs_per_step // world))
+    kinds, left_out = _kinds(processor, data.pack_tokens)
+    pack: list[EncodedSample] = []
+    room = data.pack_tokens
+    for kind in cycle(kinds):
+        if len(kind.planned) > room:
+            break
+        pack.append(kind)
+        room -= len(kind.planned)
+    refs = [SampleRef("made up", 0, index, index) for index in range(count * len(pack))]
+    samples = [replace(s, ref=ref) for s, ref in zip(pack * count, refs, strict=True)]
+    names = [media for media in (*processor.media, *processor.targets) if media not in left_out]
+    origin = f"made-up samples of {' and '.join([*dict.fromkeys(names), 'words'])}"
+    if left_out:
+        origin += f", without {' and '.join(left_out)}"
+    batch = collate(samples, processor, data.pad_rows)
+    return Given([batch], origin, count, data.pack_tokens - room, real=False)
+
+
+def _kinds(processor: Processor, pack_tokens: int) -> tuple[list[EncodedSample], list[str]]:
+    """A sample of each modality, and the modalities of which none can be made or none fits."""
+    found: list[EncodedSample] = []
+    left_out: list[str] = []
+    for modality in (*processor.media, *processor.targets):
+        try:
+            _, make = EXAMPLES[modality]
+            kind = processor.encode(_sample(make(), modality in processor.media))
+            if len(kind.planned) > pack_tokens:
+                raise ValueError(f"an example takes {len(kind.planned)} tokens")
+            found.append(kind)
+        except (KeyError, ValueError):
+            left_out.append(modality)
+    return found or [_words(processor, pack_tokens)], left_out
+
+
+def _sample(media: Media, reads: bool) -> Sample:
+    """An item and words about it, or words and the item that is made of them."""
+    words = " ".join(["words"] * WORDS)
+    if reads:
+        messages = (Message("user", (media,)), Message("assistant", (Text(words),)))
+    else:
+        made = replace(media, caption=words)
+        messages = (Message("user", (Text(words),)), Message("assistant", (made,)))
+    return Sample(messages, format="plain")
+
+
+def _words(processor: Processor, pack_tokens: int) -> EncodedSample:
+    """As many as fill a pack."""
+    count = pack_tokens
+    while count > 0:
+        text = Text(" ".join(["words"] * count))
+        messages = (Message("user", (Text("words"),)), Message("assistant", (text,)))
+        kind = processor.encode(Sample(messages, format="plain"))
+        if len(kind.planned) <= pack_tokens:
+            return kind
+        count = count * pack_tokens // len(kind.planned) - 1
+    raise ValueError(f"data.pack_tokens is {pack_tokens}, which no sample fits into.")

@@ -86,7 +86,8 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
     except (ValueError, OSError) as error:
         given = made_up(data, processor, world)
         notes.append(
-            f"the data cannot be read ({error}); planned with {given.origin}. Media come on top."
+            f"the data cannot be read ({error}); planned with {given.origin}. Other data keep and "
+            "compute something else."
         )
     if module.compile_llm:
         notes.append("model.compile fuses operations: activations are a little less than here.")

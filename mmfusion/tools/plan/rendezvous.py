@@ -79,8 +79,9 @@ def meet(place: Place, seconds: float = SECONDS) -> str:
         RendezvousError: naming the ranks that did not come within the time.
     """
     import torch
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # it does not tell mypy of its stores
     ends = time.monotonic() + seconds
     try:
         store = dist.TCPStore(

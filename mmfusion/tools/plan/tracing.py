@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ ELSEWHERE, FORWARD, BACKWARD, RECOMPUTE, STEP = (
     "elsewhere", "forward", "backward", "recompute", "optimizer step",
 )  # fmt: skip
 _INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
-_ATTENTION_ON_CPU = {
+_ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
