@@ -37,7 +37,7 @@ BAD = 6
 """The step with the broken sample. Checkpoints are at 4 and 8."""
 SPIKE = 9
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
-DIVIDED = "--trainer.strategy.options={stage3_param_persistence_threshold: 0}"
+DIVIDED = "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 DDP = ["--trainer.strategy=ddp"]
 
 
@@ -195,6 +195,7 @@ SKIPS = {
     "zero1": (2, zero(1)),
     "zero2": (2, zero(2)),
     "zero3": (2, zero(3)),
+    "fsdp2": (2, ["--strategy=fsdp2"]),
 }
 
 
@@ -334,7 +335,13 @@ def back_and_on(samples: list[list[str]]) -> list[tuple[int, list[str]]]:
     return before + [(step, samples[step + 3]) for step in range(4, STEPS)]
 
 
-RANKS = {"one": (0, []), "two": (2, DDP), "divided2": (2, zero(2)), "divided3": (2, zero(3))}
+RANKS = {
+    "one": (0, []),
+    "two": (2, DDP),
+    "divided2": (2, zero(2)),
+    "divided3": (2, zero(3)),
+    "divided": (2, ["--strategy=fsdp2"]),
+}
 
 
 @pytest.mark.slow

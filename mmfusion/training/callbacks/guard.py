@@ -186,8 +186,8 @@ class Guard(L.Callback):
             last = f", the last was {self.skipped[-1]}" if self.skipped else ""
             found.append(f"steps left out: {self.num_skipped}{last}")
         if left_out := data_of(trainer).state.left_out:
-            last = left_out[-1]
-            found.append(f"gone back: {len(left_out)} times, the last from step {last.until}")
+            until = left_out[-1].until
+            found.append(f"gone back: {len(left_out)} times, the last from step {until}")
         progress = [c for c in cast(Any, trainer).callbacks if isinstance(c, RunProgress)]
         if progress and (attempt := progress[0].attempt) is not None:
             attempt.told = "; ".join(found)
