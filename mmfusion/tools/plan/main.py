@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from jsonargparse.typing import PositiveInt, restricted_number_type
+from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from mmfusion.tools.plan import tables
@@ -20,18 +20,15 @@ from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.strategies.zero import ZeRO
 
-Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
-Seconds = restricted_number_type("Seconds", float, [(">", 0), ("<", 86400)])
-
 
 def plan(
     recipe: str,
     nodes: PositiveInt = 1,
     gpus: PositiveInt = 8,
     gpu: str = "H100-80GB",
-    mfu: Share = 0.4,
+    mfu: OpenUnitInterval = 0.4,
     test: bool = False,
-    test_seconds: Seconds = 60.0,
+    test_seconds: PositiveFloat = 60.0,
     overrides: list[str] | None = None,
 ) -> None:
     """Memory of a recipe under each strategy, its days, and what would fail in its first hour.
