@@ -87,12 +87,12 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path / "sweep" / "trial-0001")
     csv = first.path / "metrics.csv"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not csv.is_file() or len(read_metrics(csv)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait(300) == 75
         assert process.stdout is not None
         assert "the same line goes on" in process.stdout.read()
     assert first.status()["state"] == "preempted"
@@ -112,7 +112,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep_and_is_tried_again(
         main(sweep(tmp_path))
     assert stop.value.code == 1
     said = capsys.readouterr()
-    assert "1 of 2 trials have not finished: trial-0001 (waiting)" in said.err
+    assert "1 of 2 trials have not finished: trial-0001 (failed)" in said.err
     assert "pack_tokens" in said.out
     assert RunDirectory(tmp_path / "sweep" / "trial-0002").status()["state"] == "finished"
 
@@ -131,7 +131,7 @@ def test_w_and_bs_agent_runs_trials_each_in_its_own_directory(tmp_path: Path) ->
         assert "sweep0" in done.stderr + done.stdout, done.stderr
         done = subprocess.run(
             [*wandb, "agent", "us/mmfusion/sweep0"], env=env, cwd=tmp_path, text=True,
-            capture_output=True, timeout=600,
+            capture_output=True, timeout=800,
         )  # fmt: skip
         state = server.state()
     assert not state["unknown"], done.stderr

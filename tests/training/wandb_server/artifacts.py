@@ -61,7 +61,7 @@ def described(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     }  # fmt: skip
     membership = {
         "id": "M1", "artifact": artifact, "artifactCollection": sequence, "aliases": aliases,
-        "versionIndex": found["version"],
+        "versionIndex": found["version"], "createdAt": "2026-01-01T00:00:00",
     }  # fmt: skip
     return artifact, membership
 

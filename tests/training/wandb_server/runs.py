@@ -9,7 +9,12 @@ from typing import Any
 RUNS: dict[str, dict[str, Any]] = {}
 SENT: dict[tuple[str, str, str], set[int]] = {}
 """Numbers of lines, by client, run and file."""
-PROJECT = {"id": "P1", "name": "mmfusion", "entity": {"id": "E1", "name": "us"}}
+PROJECT = {
+    "id": "P1",
+    "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ==",  # ProjectInternalId:1
+    "name": "mmfusion",
+    "entity": {"id": "E1", "name": "us"},
+}
 STREAMS = {
     "wandb-history.jsonl": "history",
     "wandb-events.jsonl": "events",
