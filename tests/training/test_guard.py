@@ -519,7 +519,7 @@ def room_for_one_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", sorted(set(RANKS) - {"divided3"}))
 def test_what_went_back_is_gone_before_it_begins_again(home, samples, name):
     world, options = RANKS[name]
     recipe, options = broken(home, samples, BAD), [*REWIND, *options]

@@ -247,6 +247,13 @@ class ZeRO(DeepSpeedStrategy):
             # A part that no rank uses in the next step would be moved by these once more.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
 
+    def teardown(self) -> None:
+        """Let go of the model: a run that goes back makes another one in this process."""
+        engine = cast(Any, self.model)
+        super().teardown()
+        if hasattr(engine, "destroy"):
+            engine.destroy()
+
     @property
     def grad_norm(self) -> float:
         """Of all gradients of the last step, before clipping."""
