@@ -19,9 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mmfusion.training.checkpoint import FOLDER, AtomicCheckpointIO
+from mmfusion.training.checkpoint import FOLDER, AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.lineage import Lineage, Parent
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.secrets import hide_secrets
@@ -82,7 +80,8 @@ def log_checkpoint(run: Any, checkpoint: Path, lineage: Lineage) -> Any:
     """What a run goes on from, with its optimizer's state."""
     step = _step(checkpoint)
     artifact = _artifact(f"checkpoint-{run.id}", "checkpoint", {"step": step, **lineage.plain()})
-    artifact.add_file(str(checkpoint), f"{FOLDER}/{checkpoint.name}")
+    add = artifact.add_dir if checkpoint.is_dir() else artifact.add_file
+    add(str(checkpoint), f"{FOLDER}/{checkpoint.name}")
     return run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
@@ -91,7 +90,7 @@ def log_model(run: Any, directory: RunDirectory, checkpoint: Path, lineage: Line
     step = _step(checkpoint)
     artifact = _artifact(f"model-{run.id}", "model", {"step": step, **lineage.plain()})
     with weights_alone(checkpoint, directory.path / "wandb" / "model") as weights:
-        artifact.add_file(str(weights), f"{FOLDER}/{checkpoint.name}")
+        artifact.add_file(str(weights), f"{FOLDER}/{weights.name}")
     for file in (directory.config, directory.identity):
         artifact.add_file(str(file))
     return run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
@@ -100,13 +99,14 @@ def log_model(run: Any, directory: RunDirectory, checkpoint: Path, lineage: Line
 @contextmanager
 def weights_alone(checkpoint: Path, folder: Path) -> Iterator[Path]:
     """A checkpoint without what only training needs, in a folder that is removed again."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = read_checkpoint(checkpoint)
+    name = f"{checkpoint.stem}.ckpt"  # of one file, whatever it was
     folder.mkdir(parents=True, exist_ok=True)
     try:
         AtomicCheckpointIO().save_checkpoint(
-            {**content, **{key: [] for key in OF_TRAINING}}, folder / checkpoint.name
+            {**content, **{key: [] for key in OF_TRAINING}}, folder / name
         )
-        yield folder / checkpoint.name
+        yield folder / name
     finally:
         shutil.rmtree(folder)
 

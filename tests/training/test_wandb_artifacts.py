@@ -11,6 +11,7 @@ import torch
 
 from mmfusion import load
 from mmfusion.data.shards import Shards
+from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.run import RunDirectory
 from tests.training.tiny import write_recipe
 from tests.training.wandb_process import mmfusion
@@ -89,9 +90,11 @@ def test_offline_artifacts_and_their_inputs_arrive_with_the_sync(tmp_path: Path)
     assert {"step-00000004.ckpt", "config.yaml"} <= put
 
 
-def test_the_model_artifact_is_what_load_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_model_artifact_is_what_load_takes(tmp_path: Path, sharded: bool) -> None:
     """Its files, at the paths that they have in the artifact."""
-    run, _ = train(tmp_path, "run", {}, "--wandb_artifacts=model")
+    shards = f"--checkpoint.sharded={sharded}"
+    run, _ = train(tmp_path, "run", {}, "--wandb_artifacts=model", shards)
     with serving(tmp_path) as server:
         mmfusion(tmp_path, server.environment, "sync", str(run.path))
         (model,) = by_collection(server)[f"model-{run.id}"]
@@ -99,10 +102,11 @@ def test_the_model_artifact_is_what_load_takes(tmp_path: Path) -> None:
         for name in contents(model):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(server.file(f"artifact/{model['id']}/{name}"))
-    (ours,) = run.checkpoints.glob("*4.ckpt")
+    (ours,) = run.checkpoints.glob("step-*4*")
     (theirs,) = copy.rglob("*.ckpt")
-    assert theirs.stat().st_size < ours.stat().st_size / 2
-    state, same = (torch.load(p, weights_only=True)["state_dict"] for p in (ours, theirs))
+    size = sum(p.stat().st_size for p in (ours.iterdir() if ours.is_dir() else [ours]))
+    assert theirs.stat().st_size < size / 2
+    state, same = (read_checkpoint(path)["state_dict"] for path in (ours, theirs))
     assert state.keys() == same.keys()
     assert all(torch.equal(state[key], same[key]) for key in state)
     assert load(copy).generate([{"role": "user", "content": "w1"}], max_new_tokens=2) is not None

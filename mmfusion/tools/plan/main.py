@@ -18,6 +18,7 @@ from mmfusion.tools.plan.rendezvous import Place, meet, meet_here, place_of
 from mmfusion.tools.plan.work import Work, work
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.command import RecipeCommand
+from mmfusion.training.strategies.fsdp2 import FSDP2
 from mmfusion.training.strategies.zero import ZeRO
 
 
@@ -142,7 +143,10 @@ def _strategy(command: RecipeCommand) -> tuple[str | None, dict[str, Any]]:
     given = command.config.get("strategy") or command.config_init.trainer.get("strategy")
     if isinstance(given, ZeRO):
         config: dict[str, Any] = dict(given.config or {})  # type: ignore[arg-type]
-        return f"deepspeed_{given.stage}", config["zero_optimization"]
+        name = f"deepspeed_{given.stage}" + ("_offload" if given.offload else "")
+        return name, config["zero_optimization"]
+    if isinstance(given, FSDP2):
+        return "fsdp2", {}
     return (given if given != "auto" else None) if isinstance(given, str) else None, {}
 
 
