@@ -14,7 +14,12 @@ from mmfusion.processing.limits import Limits
 class LLM(nn.Module, ABC):
     """A causal language model. As with encoders, the constructor reads configuration only and
     ``build`` makes the modules.
+
+    Attributes:
+        quantization: how the weights of linear layers are kept, where they are quantised.
     """
+
+    quantization: str | None = None
 
     @property
     @abstractmethod
