@@ -7,6 +7,7 @@ leaves open, where bitsandbytes goes astray without an error, and how such layer
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -113,6 +114,8 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
         model: with layers of bitsandbytes.
         dtype: that products are computed in (int8 takes its input's).
     """
+    # It says at every call that int8 products take their input as float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for layer in cast(dict[str, Any], layers(model)).values():
         if bits(layer.weight) == 4:
             layer.compute_dtype, layer.compute_type_is_set = dtype, True

@@ -63,8 +63,8 @@ def refuse_quantised(module: MultimodalModule, strategy: str) -> None:
     """
     if kind := module.model.llm.quantization:
         raise ValueError(
-            f"the LLM has quantization: {kind}, but {strategy} divides its weights, which cannot be "
-            "done with quantised ones. Use strategy: deepspeed_2 (or ddp), under which every rank "
+            f"the LLM has quantization: {kind}, but {strategy} divides its weights, which cannot "
+            "be done with quantised ones. Use strategy: deepspeed_2 (or ddp), under which every rank "
             "holds them whole, or leave quantization out."
         )
 
