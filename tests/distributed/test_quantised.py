@@ -85,7 +85,7 @@ def test_a_checkpoint_holds_adapters_alone_and_is_loaded_beside_quantised_weight
     adapters = {name for name in kept if ".lora_" in name}
     assert len(adapters) == 28
     assert {name.split(".")[1] for name in set(kept) - adapters} == {"input_projectors"}
-    assert "nf4, float32" in "".join(p.read_text() for p in alone.glob("attempts/*/log.txt"))
+    assert "float32, nf4" in "".join(p.read_text() for p in alone.glob("attempts/*/log.txt"))
 
     model = mmfusion.load(alone, device="cpu").model
     half = mmfusion.load(alone, device="cpu", dtype=torch.bfloat16).model

@@ -64,7 +64,7 @@ def refuse_quantised(module: MultimodalModule, strategy: str) -> None:
     if kind := module.model.llm.quantization:
         raise ValueError(
             f"the LLM has quantization: {kind}, but {strategy} divides its weights, which cannot "
-            "be done with quantised ones. Use strategy: deepspeed_2 (or ddp), under which every rank "
+            "be done with quantised ones. Use strategy: deepspeed_2 (or ddp), where every rank "
             "holds them whole, or leave quantization out."
         )
 
