@@ -18,7 +18,6 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
 
 from mmfusion.data.whole_file import write_whole
-from mmfusion.models.quantised import is_quantised
 from mmfusion.training import manifest, sharded
 
 FOLDER = "checkpoints"
@@ -228,6 +227,8 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
     Raises:
         ValueError: where shapes differ, nothing matches, or the weights here are quantised.
     """
+    from mmfusion.models.quantised import is_quantised  # loads transformers
+
     own = module.state_dict(keep_vars=True)
     renamed = {_canonical(name): name for name in own}
     found = {
