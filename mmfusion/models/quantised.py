@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -157,12 +157,12 @@ def is_quantised(tensor: Any) -> bool:
     return type(tensor).__name__ in PACKED
 
 
-def bits(parameter: nn.Parameter) -> int:
+def bits(parameter: Tensor) -> int:
     """Of one number."""
     return 8 * parameter.element_size() // PACKED.get(type(parameter).__name__, 1)
 
 
-def count(parameter: nn.Parameter) -> int:
+def count(parameter: Tensor) -> int:
     """Numbers in a parameter, also where two of them share a byte."""
     if not is_quantised(parameter):
         return parameter.numel()
@@ -172,7 +172,7 @@ def count(parameter: nn.Parameter) -> int:
     return parameter.numel() * parameter.element_size() * PACKED[type(parameter).__name__]
 
 
-def precision(parameter: nn.Parameter) -> str:
+def precision(parameter: Tensor) -> str:
     """As tables show it: ``float32``, ``nf4``."""
     if is_quantised(parameter):
         return str(getattr(parameter, "quant_type", "int8"))

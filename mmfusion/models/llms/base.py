@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class LLM(nn.Module, ABC):
         quantization: how the weights of linear layers are kept, where they are quantised.
     """
 
-    quantization: str | None = None
+    quantization: Literal["nf4", "int8"] | None = None
 
     @property
     @abstractmethod
