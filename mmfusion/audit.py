@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mmfusion.models import quantised
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.tuning import (
     Named,
@@ -116,11 +117,11 @@ def _row(name: str, part: nn.Module, groups: Sequence[ParamGroup]) -> AuditRow:
     parameters = list(part.parameters())
     own = set(parameters)
     rates = {f"{g['lr']:g}": None for g in groups if own & set(g["params"])}
-    dtypes = {str(p.dtype).removeprefix("torch."): None for p in parameters}
+    dtypes = {quantised.precision(p): None for p in parameters}
     return AuditRow(
         part=name,
         kind=type(part).__name__,
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(map(quantised.count, parameters)),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         dtype=", ".join(dtypes) or "-",
         lr=", ".join(rates) or "-",

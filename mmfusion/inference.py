@@ -29,6 +29,7 @@ from mmfusion.generate_options import (
     seeded,
 )
 from mmfusion.messages import Conversation, conversation
+from mmfusion.models import quantised
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.bfloat16 import HALF, computes_bfloat16
 from mmfusion.models.generation import (
@@ -68,7 +69,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         _to_precision(model, dtype, () if computes_bfloat16(device) else HALF)
-        return Chat(model.to(device))
+        return Chat(quantised.move(model, device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
@@ -81,9 +82,12 @@ def _to_precision(
     def wanted(kept: torch.dtype) -> torch.dtype:
         return dtype or (torch.float32 if kept in slow else kept)
 
-    for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies
-        if tensor.is_floating_point():
+    state = model.state_dict(keep_vars=True)  # without the rotary frequencies
+    held = {*model.parameters(), *model.buffers()}  # without the scales of quantised weights
+    for tensor in state.values():
+        if tensor in held and tensor.is_floating_point() and not quantised.is_quantised(tensor):
             tensor.data = tensor.data.to(wanted(tensor.dtype))
+    quantised.change_precision(model, wanted)
     for modality in model.generators:  # what is built of them when media are made
         generator = model.generator(modality)
         generator.dtype = wanted(generator.dtype)

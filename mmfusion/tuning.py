@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mmfusion.models import quantised
 from mmfusion.models.any_to_any import AnyToAnyModel
 
 Named = dict[str, nn.Parameter]
@@ -94,6 +95,13 @@ class Full(Policy):
         parameters = dict(part.named_parameters())
         if not parameters:
             raise TuningError(f"tuning.{name}: the part has no parameters to train.")
+        if packed := quantised.layers(part):
+            kind = quantised.precision(next(iter(packed.values())).weight)
+            raise TuningError(
+                f"tuning.{name}: Full cannot train {len(packed)} layers whose weights are kept in "
+                f"{kind} ({', '.join([*packed][:2])}, ...). Train LoRA beside them, or take "
+                "quantization out of the part."
+            )
         return _in_fp32(parameters)
 
 
@@ -141,6 +149,7 @@ class LoRA(Policy):
                 target_modules=self._matched(name, part),
                 use_rslora=self.use_rslora,
             )
+            _mark_quantised(part)
             inject_adapter_in_model(config, part)
         adapters = _in_fp32(parameters_with("lora_", part))
         return adapters if self.train else {}
@@ -330,6 +339,12 @@ def pretrained_models(part: nn.Module) -> list[PreTrainedModel]:
 def _linear_layers(part: nn.Module) -> dict[str, nn.Module]:
     kinds: Any = (nn.Linear, Conv1D)
     return {name: module for name, module in part.named_modules() if isinstance(module, kinds)}
+
+
+def _mark_quantised(part: nn.Module) -> None:
+    """PEFT asks the part it is given, not its layers, and would take these for plain ones."""
+    for layer in quantised.layers(part).values():
+        setattr(part, f"is_loaded_in_{quantised.bits(layer.weight)}bit", True)
 
 
 def new_token_ids(part: nn.Module) -> list[int]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from mmfusion import tuning
 from mmfusion.audit import audit
+from mmfusion.models import quantised
 from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.projectors.base import Projector
@@ -171,9 +172,9 @@ def _part_row(name: str, part: nn.Module, groups: Sequence[tuning.ParamGroup]) -
     return PartRow(
         name=name,
         kind=type(part).__name__,
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(map(quantised.count, parameters)),
         trainable=sum(p.numel() for p in trains),
-        dtypes=", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
+        dtypes=", ".join(dict.fromkeys(map(quantised.precision, parameters))),
         tuning=", ".join(policies) or "Frozen",
         weights=sum(t.numel() * t.element_size() for t in tensors),
         gradients=sum(p.numel() * p.element_size() for p in trains),

@@ -225,13 +225,21 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
         The names that were loaded, as they are in ``module.state_dict()``.
 
     Raises:
-        ValueError: where shapes differ or nothing matches.
+        ValueError: where shapes differ, nothing matches, or the weights here are quantised.
     """
+    from mmfusion.models.quantised import is_quantised  # loads transformers
+
     own = module.state_dict(keep_vars=True)
     renamed = {_canonical(name): name for name in own}
     found = {
         renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed
     }
+    if packed := [name for name in found if is_quantised(own[name])]:
+        raise ValueError(
+            f"{len(packed)} weights of {origin} were trained whole, and are quantised here: "
+            f"{_some(packed)}. Leave the LLM's quantization out, or their part behind "
+            "(model.init_drop)."
+        )
     wrong = [
         f"{name}: {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
         for name, tensor in found.items()

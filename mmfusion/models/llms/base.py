@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -14,7 +14,12 @@ from mmfusion.processing.limits import Limits
 class LLM(nn.Module, ABC):
     """A causal language model. As with encoders, the constructor reads configuration only and
     ``build`` makes the modules.
+
+    Attributes:
+        quantization: how the weights of linear layers are kept, where they are quantised.
     """
+
+    quantization: Literal["nf4", "int8"] | None = None
 
     @property
     @abstractmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import is_flash_attn_2_available
 
+from mmfusion.models import quantised
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.base import LLM
 from mmfusion.models.loading import checked_path, fetching, reading, refuse_missing
@@ -34,6 +35,9 @@ class HFCausalLM(LLM):
         new_tokens: tokens added to the vocabulary (or in it without a row in the weights); their
             rows start at the mean of all rows and train under :class:`mmfusion.tuning.NewTokens`.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
+        quantization: keep the linear layers but the output head in 4 bits (``nf4``, its scales
+            quantised as well) or 8 (``int8``), frozen, by bitsandbytes; under LoRA this is QLoRA.
+            Products are computed in ``dtype``.
         local_files_only: never ask the hub, take what its cache holds.
         trust_remote_code: run the code of the hub repository. Only for repositories you have read.
     """
@@ -47,6 +51,7 @@ class HFCausalLM(LLM):
         attention: Literal["auto", "varlen_sdpa", "flash_attention_2"] = "auto",
         new_tokens: Sequence[str] = (),
         gradient_checkpointing: bool = False,
+        quantization: Literal["nf4", "int8"] | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -56,6 +61,9 @@ class HFCausalLM(LLM):
         self.attention = attention
         self.new_tokens = list(new_tokens)
         self.gradient_checkpointing = gradient_checkpointing
+        if quantization is not None:
+            quantised.require(quantization)
+        self.quantization = quantization
         self._source: dict[str, Any] = {
             "gguf_file": gguf_file,
             "revision": revision,
@@ -138,6 +146,10 @@ class HFCausalLM(LLM):
         implementation = "flash_attention_2" if flash else varlen.NAME
         options = {"dtype": self.dtype, "attn_implementation": implementation}
         self.model = self._load(options) if pretrained else self._random(options)
+        if self.quantization is not None:
+            if not quantised.layers(self.model):
+                quantised.quantise(self.model, self.quantization, self._dtype)
+            quantised.settle(self.model, self._dtype)
         _check_shape(self)
         if self.new_tokens:
             self._add_rows()
@@ -146,8 +158,11 @@ class HFCausalLM(LLM):
         _check(self)
 
     def _load(self, options: dict[str, Any]) -> Any:
+        stored = quantised.stored_kind(self.config, self.quantization, self.path)
         if "gguf_file" in self._source:
             options["quantization_config"] = GgufConfig(dequantize=True)
+        elif self.quantization is not None and stored is None:
+            options |= quantised.options(self.quantization, self._dtype)
         with reading(self.path, self._source.get("gguf_file")):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.path, output_loading_info=True, **options, **self._source
@@ -155,9 +170,15 @@ class HFCausalLM(LLM):
         refuse_missing(info, self.path, type(model).__name__)
         return model
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of weights that are not quantised."""
+        if self.dtype == "auto":
+            return cast(torch.dtype, self.config.dtype or torch.float32)
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
     def _random(self, options: dict[str, Any]) -> Any:
-        if options["dtype"] == "auto":
-            options["dtype"] = self.config.dtype or torch.float32
+        options["dtype"] = self._dtype
         trust = self._source["trust_remote_code"]
         config = copy.deepcopy(self.config)  # new rows change the model's own
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)

@@ -34,6 +34,7 @@ from mmfusion.training.strategies.shares import (
     refuse_answers,
     refuse_half,
     refuse_numbers,
+    refuse_quantised,
 )
 
 
@@ -86,6 +87,7 @@ class FSDP2(ModelParallelStrategy):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Parts are built as on one process."""
+        refuse_quantised(self._module, "FSDP2")
         refuse_answers(self._module.trainer, "FSDP2")
         yield
 

@@ -55,6 +55,20 @@ def refuse_answers(trainer: L.Trainer, strategy: str) -> None:
         )
 
 
+def refuse_quantised(module: MultimodalModule, strategy: str) -> None:
+    """Bytes that hold two weights have no place among floating-point ones, divided and gathered.
+
+    Raises:
+        ValueError: where the LLM's weights are quantised.
+    """
+    if kind := module.model.llm.quantization:
+        raise ValueError(
+            f"the LLM has quantization: {kind}, but {strategy} divides its weights, which cannot "
+            "be done with quantised ones. Use strategy: deepspeed_2 (or ddp), where every rank "
+            "holds them whole, or leave quantization out."
+        )
+
+
 def refuse_numbers(model: nn.Module) -> None:
     """What is divided by its first dimension needs one.
 

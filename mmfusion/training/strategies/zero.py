@@ -32,6 +32,7 @@ from mmfusion.training.strategies.shares import (
     refuse_answers,
     refuse_half,
     refuse_numbers,
+    refuse_quantised,
 )
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -144,6 +145,7 @@ class ZeRO(DeepSpeedStrategy):
         """
         self._init_config_if_needed()
         if self.stage == 3:
+            refuse_quantised(self._module, "ZeRO stage 3")
             refuse_answers(self._module.trainer, "ZeRO stage 3")
         yield
 
