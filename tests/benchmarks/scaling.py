@@ -31,6 +31,10 @@ STORAGE = 100e9
 TOKENS = 8192
 """Of a micro-batch."""
 NODE = 8
+LIVE = 1e9
+"""Gathered numbers that ZeRO stage 3 keeps (its ``max_live_parameters``)."""
+ROOM = 75e9
+"""Bytes of an 80 GB GPU that are left for weights, gradients and the optimizer's state, at most."""
 WORLDS = (8, 1_000, 10_000)
 DETECT, START = 600.0, 300.0
 """Seconds until a lost host is noticed (``timeout_minutes``), and from the start of the processes
@@ -140,17 +144,19 @@ def zero_2(case: Case) -> Traffic:
 
 def zero_3(case: Case) -> Traffic:
     """The LLM is gathered for the forward and for the backward pass as it is kept, a weight at a
-    time (prefetched up to 50 million together); its head and the projector once a step.
+    time (prefetched up to 50 million together), but for a billion numbers that DeepSpeed leaves
+    gathered in between; its head and the projector once a step.
     """
     llm, width = case.llm, 4 if case.full else 2
     head = llm.vocabulary * llm.hidden
     divided = width * (llm.parameters - head) + 4 * case.adapters
+    again = max(0.0, divided - width * LIVE)
     fetches = llm.layers * math.ceil(llm.layer / 50e6)
     whole = width * head + 4 * case.projector
     reduced = 4 * case.trained
     return [
         ("all-gather", divided, fetches),
-        ("all-gather", divided, fetches),
+        ("all-gather", again, fetches),
         ("reduce-scatter", reduced, math.ceil(case.trained / 200e6)),
         ("all-gather", whole, 1),
     ]
@@ -222,13 +228,29 @@ def interval(stop: float, world: int) -> float:
 
 
 def lost(stop: float, every: float, world: int, restart: float) -> float:
-    """Share of the time: saving, half an interval a failure, and coming back."""
-    return stop / every + (every / 2 + restart) / failures(world)
+    """Share of the time that goes to saving, to steps that are repeated and to coming back, where
+    failures come at random (Daly, 2006).
+    """
+    mean = failures(world)
+    expected = mean * math.exp(restart / mean) * math.expm1((every + stop) / mean)
+    return 1 - every / expected
 
 
-def stops(case: Case, behind: bool) -> float:
+def gathering(case: Case, world: int) -> float:
+    """Seconds of bringing together what is divided: weights and both moments, a collective for
+    each. Nothing is where ``ddp`` fits.
+    """
+    if _fit("ddp", case, world):
+        return 0.0
+    tensors = 3 * (case.llm.layers * (9 if case.full else 14) + (7 if case.full else 4))
+    wire = INSIDE if world <= NODE else BETWEEN
+    return tensors * (world - 1) * HOP + case.checkpoint / wire
+
+
+def stops(case: Case, world: int, behind: bool) -> float:
     """Seconds that a checkpoint stops the run: the copy to the host, and the file."""
-    return case.checkpoint / TO_HOST + (0 if behind else case.checkpoint / WRITE)
+    copied = gathering(case, world) + case.checkpoint / TO_HOST
+    return copied + (0 if behind else case.checkpoint / WRITE)
 
 
 def resume(case: Case, world: int) -> float:
@@ -275,37 +297,39 @@ def states_table() -> str:
 
 
 def traffic_table() -> str:
-    head = ["", "GB sent, 1,000 GPUs", *(f"{w:,} GPUs" for w in WORLDS), "compute"]
+    head = ["", "GB sent", *(f"{w:,} GPUs" for w in WORLDS), "compute"]
     rows = [
         [
             f"{case.name}, `{name.split(',')[0]}`",
             _gigabytes(sent(of(case), 1_000)),
-            *(f"{seconds(of(case), world):.2f} s" for world in WORLDS),
+            *(f"{seconds(of(case), w):.2f} s" if _fit(name, case, w) else "-" for w in WORLDS),
             f"{case.compute:.2f} s",
         ]
         for case in CASES
         for name, of in STRATEGIES.items()
-        if states(name, case, 1_000) < 75e9
+        if _fit(name, case, max(WORLDS))
     ]
     return table(head, rows)
 
 
 def checkpoint_table() -> str:
-    head = ["", "file", "stops the run", "with `behind`", "memory of rank 0's host (`behind`)"]
-    head += ["a node at resume", *(f"read by {w:,} GPUs" for w in WORLDS)]
+    head = ["", "file", "a step waits, 1,000 GPUs", "with `behind`", "host of rank 0 (`behind`)"]
+    head += ["each host at resume", *(f"read by {w:,} GPUs" for w in WORLDS[1:])]
     rows = []
     for case in CASES:
         size = case.checkpoint
+        gathered = 0 if _fit("ddp", case, 1_000) else size
         reads = [
-            f"{math.ceil(w / NODE) * size / 1e12:.3g} TB, {_time(resume(case, w))}" for w in WORLDS
+            f"{math.ceil(w / NODE) * size / 1e12:,.1f} TB, {_time(resume(case, w))}"
+            for w in WORLDS[1:]
         ]
         rows.append(
             [
                 case.name,
                 f"{_gigabytes(size)} GB",
-                _time(stops(case, False)),
-                _time(stops(case, True)),
-                f"{_gigabytes(size)} GB ({_gigabytes(2 * size)})",
+                _time(stops(case, 1_000, False)),
+                _time(stops(case, 1_000, True)),
+                f"{_gigabytes(gathered)} GB ({_gigabytes(gathered + size)} GB)",
                 f"{_gigabytes(NODE * size)} GB",
                 *reads,
             ]
@@ -314,14 +338,16 @@ def checkpoint_table() -> str:
 
 
 def failures_table() -> str:
-    head = ["", "GPUs", "a failure every", "save every", "lost", "with `behind`: every", "lost"]
+    head = ["", "GPUs", "a failure every", "save every", "lost", "`behind`: every", "lost"]
     rows = []
     for case in CASES:
         for world in WORLDS:
+            if not _fit("fsdp2", case, world):
+                continue
             restart = DETECT + START + resume(case, world)
             cells = [case.name, f"{world:,}", _time(failures(world))]
             for behind in (False, True):
-                stop = stops(case, behind)
+                stop = stops(case, world, behind)
                 # One that is still being written is not followed by another.
                 every = max(interval(stop, world), case.checkpoint / WRITE if behind else 0)
                 cells += [_time(every), f"{100 * lost(stop, every, world, restart):.1f} %"]
@@ -340,9 +366,13 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f}" if size < 100e9 else f"{size / 1e9:,.0f}"
 
 
+def _fit(strategy: str, case: Case, world: int) -> bool:
+    return states(strategy, case, world) < ROOM
+
+
 def _fits(size: float) -> str:
     told = _gigabytes(size)
-    return told if size < 75e9 else f"({told})"
+    return told if size < ROOM else f"({told})"
 
 
 def _time(value: float) -> str:
