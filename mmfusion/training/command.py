@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGTERM
@@ -20,10 +18,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt, restricted_number_type
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
@@ -39,29 +34,21 @@ from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.node_metrics import NodeMetrics
 from mmfusion.training.callbacks.run_progress import RunProgress
 from mmfusion.training.callbacks.sample_pages import SamplePages
-from mmfusion.training.callbacks.start_timer import StartTimer
-from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.callbacks.stream_state import StreamStateCallback
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.callbacks.wandb_artifacts import ArtifactChoice, WandbArtifacts
 from mmfusion.training.callbacks.watchdog import Watchdog
-from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.messages import show_messages
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.recipe_parser import (
-    RecipeError,
-    RecipeParser,
-    ignored_key,
-    refuse_functions,
-)
+from mmfusion.training.recipe_parser import RecipeParser, ignored_key, refuse_functions
 from mmfusion.training.resume import by_step, complete_checkpoint, find
 from mmfusion.training.rewind import Rewind, forget_left_out, go_back, read_left_out
 from mmfusion.training.run import NOT_THE_RECIPE, Attempt, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
-from mmfusion.training.strategies import names as strategies
-from mmfusion.training.strategies.fsdp2 import FSDP2
-from mmfusion.training.strategies.zero import ZeRO
+from mmfusion.training.strategies.names import Strategy
 from mmfusion.training.trackers import default_loggers
+from mmfusion.training.trainer import TRAINER_DEFAULTS, as_list, make_trainer
 from mmfusion.training.wandb_segment import agents_folder
 
 log = logging.getLogger(__name__)
@@ -70,26 +57,6 @@ CONFIG = ("-c", "--config")
 COMPUTES = ("--model.", "--data.", "--trainer.precision")
 """Keys that what a frozen part gives may depend on."""
 Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<", 1e6)])
-
-TRAINER_DEFAULTS = {
-    "max_epochs": -1,
-    "use_distributed_sampler": False,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10 if torch.cuda.is_available() else 1,  # each waits for the GPU
-    "enable_model_summary": False,
-    "accelerator": "auto",
-}
-
-OTHERWISE_COUNTED = {
-    "min_steps": ("None",),
-    "min_epochs": ("None",),
-    "limit_train_batches": ("None", "1.0"),
-    "overfit_batches": ("0.0", "0"),
-    "fast_dev_run": ("False", "0"),
-}
-"""Options of the trainer that would end a run, or keep it from ending, against the data's steps,
-each with its values that do nothing."""
-
 
 C = TypeVar("C", bound=L.Callback)
 
@@ -180,7 +147,7 @@ class RecipeCommand(LightningCLI):
             type=PositiveInt | None,
             help="optimizer steps between validations",
         )
-        add("--strategy", type=strategies.Strategy | None, help="how the ranks share the model")
+        add("--strategy", type=Strategy | None, help="how the ranks share the model")
         add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
@@ -225,56 +192,10 @@ class RecipeCommand(LightningCLI):
         """The trainer of this command, with our callbacks and checkpoint files."""
         if not self.name:
             return None
-        config = self.config_init
-        given = dict(config.trainer)
-        given["default_root_dir"] = config.run_dir
-        if config.strategy:
-            if given.get("strategy") not in (None, "auto"):
-                raise RecipeError(
-                    f"strategy is {config.strategy} and trainer.strategy is set as well; give one."
-                )
-            given["strategy"] = config.strategy
-        strategies.register()
-        given["plugins"] = [*_as_list(given.get("plugins")), AtomicCheckpointIO()]
-        if TorchElasticEnvironment.detect():
-            given |= _processes(given, "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        elif SLURMEnvironment.detect():
-            given["plugins"].append(SLURMEnvironment(auto_requeue=False))  # saving, exit are ours
-            given |= _processes(given, "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
-        precision = str(given.get("precision"))
-        if precision.endswith("-true") and precision != "32-true":
-            raise RecipeError(
-                f"trainer.precision is {precision}, which rounds positions and loses small "
-                "updates; use bf16-mixed (parts are loaded in their own dtype)."
-            )
-        if odd := [k for k, idle in OTHERWISE_COUNTED.items() if str(given.get(k)) not in idle]:
-            raise RecipeError(
-                f"trainer.{odd[0]} is {given[odd[0]]}; a run is counted in optimizer steps, and "
-                "ends at trainer.max_steps or with data.epochs. Use these (a try of two steps: "
-                "--trainer.max_steps=2 --model.schedule.warmup_steps=0 --run_dir=/tmp/try)."
-            )
-        given["logger"] = self._named_loggers() or False  # ours once the run directory is open
-        callbacks = _as_list(given.get("callbacks"))
-        kinds = {type(callback) for callback in callbacks}
-        callbacks += [c for c in self._default_callbacks() if type(c) not in kinds]
-        if limit := given.pop("max_time", None):
-            callbacks.append(StartTimer(limit))
-        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if given.get("enable_progress_bar") is not False and not own_bar:
-            callbacks.append(StepBar())
-        given["enable_checkpointing"] = self.name == "fit"
-        given["callbacks"] = callbacks
-        if config.val_every_n_steps:
-            given["check_val_every_n_epoch"] = None
-        try:
-            trainer = L.Trainer(**given)
-        except (MisconfigurationException, TypeError) as error:
-            raise RecipeError(f"the recipe's trainer cannot be made: {error}") from error
-        if isinstance(given.get("strategy"), str | ZeRO | FSDP2) and hasattr(
-            trainer.strategy, "_timeout"
-        ):
-            trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
-        return trainer
+        loggers = self._named_loggers()  # ours once the run directory is open
+        return make_trainer(
+            self.config_init, self._default_callbacks(), loggers, self.name == "fit"
+        )
 
     def _default_callbacks(self) -> list[L.Callback]:
         """Those of the command; one of the same class in ``trainer.callbacks`` takes its place."""
@@ -336,19 +257,7 @@ class RecipeCommand(LightningCLI):
             try:
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=start, weights_only=True)
             except Rewind as rewind:
-                keeper, target = self._one(RunCheckpoint), start
-                if attempt is not None:
-                    target, left = go_back(run, self.datamodule, start, step, rewind)
-                    attempt.unfinished = (
-                        f"went back from step {left.until} to {left.step}; packs "
-                        f"{left.first_pack} to {left.end_pack - 1} are left out"
-                    )
-                    log.warning(f"{run.path}: {attempt.unfinished}")
-                if self.model.agreed["stop"]:  # on all ranks
-                    raise RunInterrupted(keeper.signal or SIGTERM, step, saved=False) from None
-                self.back = Back(target, keeper.signal)
-                if attempt is not None:
-                    run.release()
+                self.back = self._went_back(run, attempt, start, step, rewind)
                 return
             if self._one(RunProgress).owes_validation(self.trainer):  # cut off at the last step
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
@@ -359,6 +268,29 @@ class RecipeCommand(LightningCLI):
                     attempt.unfinished = timer
             else:
                 log.info(f"{run.path}: finished at step {done}. To talk to it: {talk}")
+
+    def _went_back(
+        self,
+        run: RunDirectory,
+        attempt: Attempt | None,
+        start: Path | None,
+        step: int,
+        rewind: Rewind,
+    ) -> Back:
+        """Note what is left out; where to go on from."""
+        keeper, target = self._one(RunCheckpoint), start
+        if attempt is not None:
+            target, left = go_back(run, self.datamodule, start, step, rewind)
+            attempt.unfinished = (
+                f"went back from step {left.until} to {left.step}; packs {left.first_pack} to "
+                f"{left.end_pack - 1} are left out"
+            )
+            log.warning(f"{run.path}: {attempt.unfinished}")
+        if self.model.agreed["stop"]:  # on all ranks
+            raise RunInterrupted(keeper.signal or SIGTERM, step, saved=False) from None
+        if attempt is not None:
+            run.release()
+        return Back(target, keeper.signal)
 
     def _find(self, run: RunDirectory) -> Path | None:
         """The checkpoint to go on from; of the remote copies, where the run directory has none."""
@@ -435,7 +367,7 @@ class RecipeCommand(LightningCLI):
     @property
     def validations(self) -> list[Validation]:
         """Those of the recipe; one in ``trainer.callbacks`` takes the place of ``validation``."""
-        given = _as_list(self.config_init.trainer.get("callbacks"))
+        given = as_list(self.config_init.trainer.get("callbacks"))
         found = [callback for callback in given if isinstance(callback, Validation)]
         replaced = Validation in {type(callback) for callback in found}
         return found if replaced else [*found, self.config_init.validation]
@@ -448,7 +380,7 @@ class RecipeCommand(LightningCLI):
     def _named_loggers(self) -> list[Any]:
         """Those of the recipe."""
         given = self.config_init.trainer.get("logger")
-        return [] if given in (None, True, False) else _as_list(given)
+        return [] if given in (None, True, False) else as_list(given)
 
     def _loggers(self, run: RunDirectory, attempt: Attempt | None) -> list[Any]:
         """``metrics.csv`` always, W&B, and those named in the recipe."""
@@ -495,31 +427,3 @@ def _runs_as_recipes(args: Sequence[str]) -> list[str]:
             arg = f"{name}={recipe_of(value)}"
         found.append(arg)
     return found
-
-
-def _processes(given: Mapping[str, Any], world: str, local: str) -> dict[str, int]:
-    """Devices of each node, and nodes, as the launcher's environment says.
-
-    Lightning wants to be told: with too few of them each process would take itself for a run of its
-    own, in the same directory.
-
-    Raises:
-        RecipeError: where the recipe says otherwise.
-    """
-    processes, each = int(os.environ[world]), int(os.environ.get(local) or 1)
-    started = {"devices": each, "num_nodes": processes // each}
-    for name, value in started.items():
-        idle = {"None", "auto", "-1", str(value), "1" if name == "num_nodes" else "auto"}
-        if str(given.get(name)) not in idle:
-            raise RecipeError(
-                f"trainer.{name} is {given[name]}, but the launcher has started {processes} "
-                f"processes, {each} a node ({world}, {local}); leave trainer.devices and "
-                "trainer.num_nodes out."
-            )
-    return started
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
