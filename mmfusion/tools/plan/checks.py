@@ -66,6 +66,7 @@ def recipe_checks(command: RecipeCommand, world: int) -> Iterator[tuple[str, Cal
     """Those that need the recipe alone."""
     module, data, config = command.model, command.datamodule, command.config
     yield "batch", lambda: batch(data.packs_per_step, data.packs_per_micro_batch, world)
+    yield "lanes", lambda: lanes(data.lanes, world)
     yield "schedule", lambda: schedule(command)
     yield "tokenizer", lambda: tokenizer(module.model)
     for name, part in module.model.parts():
@@ -93,6 +94,20 @@ def batch(packs: int, micro: int, world: int) -> str:
             "GPUs",
         )
     return f"{packs} packs = {world} ranks x {packs // world // micro} micro-batches of {micro}"
+
+
+def lanes(count: int, world: int) -> str:
+    """Whether each rank has a lane of its own to plan."""
+    if count < world:
+        raise CheckError(
+            "data.lanes",
+            f"{count} lanes for {world} ranks: ranks that share a lane plan the same samples, each "
+            f"{math.ceil(world / count)} times",
+            f"{world} or more",
+            f"set data.lanes to {2 ** math.ceil(math.log2(world))}; a run that has begun cannot "
+            "change it",
+        )
+    return f"{count} for {world} ranks"
 
 
 def schedule(command: RecipeCommand) -> str:

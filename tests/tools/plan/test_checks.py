@@ -52,6 +52,12 @@ def test_a_batch_that_does_not_divide_fails(packs, micro, world, each):
         checks.batch(packs, micro, world)
 
 
+def test_ranks_without_a_lane_of_their_own_fail():
+    assert checks.lanes(64, 64) == "64 for 64 ranks"
+    with pytest.raises(CheckError, match=SAYS + "set data.lanes to 128; a run that has begun"):
+        checks.lanes(64, 65)
+
+
 def test_whole_weights_pass(home):
     assert "MiB" in weights(home / "llm")
     assert "MiB" in checks.weights(HFVision(str(home / "clip")), None)  # type: ignore[arg-type]
