@@ -179,6 +179,7 @@ def test_all_checks_run_where_some_fail(tmp_path):
     found = run_checks(recipe_checks(RecipeCommand("", ["--config", str(recipe)]), 2))
     assert {check.name: check.passed for check in found} == {
         "batch": False,
+        "lanes": True,
         "schedule": True,
         "tokenizer": True,
         "weights of llm": False,
