@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "offline"
+# Recipes of tests name classes of tests, also in processes that tests start.
+os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))
 os.environ.pop("WANDB_API_KEY", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script, which every process started here would inherit.
