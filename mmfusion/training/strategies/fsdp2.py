@@ -16,7 +16,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,11 +24,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mmfusion.training.checkpoint import read_checkpoint, trained_names
+from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
-    fill,
+    GatheredCheckpoints,
     frozen_parts,
     on_one,
     refuse_answers,
@@ -38,7 +38,7 @@ from mmfusion.training.strategies.shares import (
 )
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with the division done here, and checkpoints that are those
     of one process.
 
@@ -183,24 +183,6 @@ class FSDP2(ModelParallelStrategy):
         if isinstance(value, DTensor):
             value = cast(DTensor, value.to(self.root_device)).full_tensor()
         return value if self.sharded else on_one(value, self.is_global_zero)
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        """Not by Lightning's sharded form."""
-        DDPStrategy.save_checkpoint(cast(Any, self), checkpoint, filepath, storage_options)
-
-    restore_checkpoint_after_setup = False
-    """Weights are loaded before they are divided."""
-    lightning_restore_optimizer = True
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Not by Lightning's sharded form."""
-        return read_checkpoint(checkpoint_path, unread=True)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Weight by weight."""
-        fill(self._module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its share of what it has read."""

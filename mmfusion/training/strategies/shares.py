@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.training.callbacks.validation import Validation
+from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.module import MultimodalModule
 
 
@@ -103,11 +105,28 @@ def on_one(value: Tensor, here: bool) -> Tensor:
     return value.detach().to("cpu", copy=True) if here else value.detach().new_empty(0)
 
 
-@torch.no_grad()
-def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a module that is not divided yet its trained weights, one after the other: where they
-    are in shards, no two of them are read at once.
+class GatheredCheckpoints(Strategy):
+    """Of a strategy that divides the model: the checkpoints are those of one process. Rank 0 writes
+    them, and weights are loaded before they are divided.
     """
-    own = module.state_dict(keep_vars=True)
-    for name, weight in weights.items():
-        own[name].copy_(weight)
+
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Not in the form of Lightning's strategy."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Of shards, tensors are read when they are asked for."""
+        return read_checkpoint(checkpoint_path, unread=True)
+
+    @torch.no_grad()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """One weight after the other: where they are in shards, no two of them are read at once."""
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict(keep_vars=True)
+        for name, weight in checkpoint["state_dict"].items():
+            own[name].copy_(weight)

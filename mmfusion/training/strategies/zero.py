@@ -22,11 +22,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from mmfusion.paths import expand
-from mmfusion.training.checkpoint import read_checkpoint, trained_names
+from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
-    fill,
+    GatheredCheckpoints,
     frozen_parts,
     on_one,
     refuse_answers,
@@ -38,7 +38,7 @@ from mmfusion.training.strategies.shares import (
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-class ZeRO(DeepSpeedStrategy):
+class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, made to run on CPUs too, with its silent faults repaired.
 
     Args:
@@ -325,24 +325,6 @@ class ZeRO(DeepSpeedStrategy):
             optimizer = self.deepspeed_engine.optimizer
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        """Not by the engine."""
-        DDPStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    restore_checkpoint_after_setup = False
-    """Weights are loaded before they are divided."""
-    lightning_restore_optimizer = True
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Not by the engine."""
-        return read_checkpoint(checkpoint_path, unread=True)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Weight by weight."""
-        fill(self._module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its share; every rank must call it."""
