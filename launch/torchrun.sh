@@ -10,9 +10,10 @@ NODES=${NODES:-${PET_NNODES:-1}} # PET_*: of Kubeflow
 GPUS=${GPUS:-${PET_NPROC_PER_NODE:-1}}
 RENDEZVOUS=${RENDEZVOUS:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}
 recipe=${1:?give a recipe}
-run=${RUN_DIR:-runs/$(basename "$recipe" .yaml)}
+run=${RUN_DIR:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 | tr -d \"\')}
+run=${run:-runs/$(basename "$recipe" .yaml)}
 torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${MAX_FAILURES:-3}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RDZV_ID:-$run}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RDZV_ID:-${run//\//-}}" \
     --rdzv-conf=last_call_timeout=10 \
     -m mmfusion fit -c "$@" --run_dir="$run" --resume auto &
 agent=$!

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,8 @@ PREEMPTED = os.EX_TEMPFAIL
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPING = (signal.SIGINT, *PREEMPTING)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 10.0
+"""Seconds that a process which rank 0 has started leaves it to end first."""
 AGENT = "TORCHELASTIC_RUN_ID"
 """Set where torchrun's agent has started this process."""
 
@@ -75,6 +78,8 @@ def stopping_at_once() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        if _started_by_rank_0():
+            _wait_for_parent()
         raise RunInterrupted(number, 0, saved=False)
 
     before = {number: signal.signal(number, stop) for number in PREEMPTING}
@@ -88,3 +93,18 @@ def stopping_at_once() -> Iterator[None]:
         for number, handler in before.items():
             deadly = number != signal.SIGTERM and handler == signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if deadly else handler)
+
+
+def _started_by_rank_0() -> bool:
+    """Whether Lightning has started this process from that of rank 0, not a launcher."""
+    launched = (AGENT, "RANK", "SLURM_PROCID")
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not any(x in os.environ for x in launched)
+
+
+def _wait_for_parent() -> None:
+    """Rank 0 is told to stop as well. Did this process end before it, with a code other than 0,
+    Lightning would kill it, and nobody would see the 75.
+    """
+    parent, until = os.getppid(), time.monotonic() + PATIENCE
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.05)

@@ -102,7 +102,7 @@ class Full(Policy):
                 f"{kind} ({', '.join([*packed][:2])}, ...). Train LoRA beside them, or take "
                 "quantization out of the part."
             )
-        return _in_fp32(parameters)
+        return parameters
 
 
 class LoRA(Policy):
@@ -151,7 +151,7 @@ class LoRA(Policy):
             )
             _mark_quantised(part)
             inject_adapter_in_model(config, part)
-        adapters = _in_fp32(parameters_with("lora_", part))
+        adapters = parameters_with("lora_", part)
         return adapters if self.train else {}
 
     def _matched(self, name: str, part: nn.Module) -> list[str]:
@@ -211,18 +211,22 @@ class NewTokens(Policy):
                 )
             config = TrainableTokensConfig(token_indices=ids, target_modules=names)
             inject_adapter_in_model(config, model)
-        rows = _in_fp32(parameters_with("trainable_tokens_delta", part))
+        rows = parameters_with("trainable_tokens_delta", part)
         return rows if self.train else {}
 
 
 def apply(
-    model: AnyToAnyModel, tuning: Mapping[str, Policy | Sequence[Policy]]
+    model: AnyToAnyModel,
+    tuning: Mapping[str, Policy | Sequence[Policy]],
+    widen_llm: bool = True,
 ) -> list[ParamGroup]:
-    """Freeze a built model but for what the policies train.
+    """Freeze a built model but for what the policies train, which is made float32.
 
     Args:
         model: built; adapters are added to it in place.
         tuning: for each part, its policy or policies.
+        widen_llm: False leaves an LLM that trains whole as it is: whoever divides it makes it
+            float32, a layer at a time.
 
     Returns:
         The optimizer's groups, in the order of ``tuning``.
@@ -251,6 +255,9 @@ def apply(
                 )
             owners[parameter] = label
             parameter.requires_grad_(True)
+            later = isinstance(policy, Full) and name == "llm" and not widen_llm
+            if is_half(parameter) and not later:
+                parameter.data = parameter.data.float()
         groups += _groups(label, name, policy, list(parameters.values()))
     model.train(model.training)  # frozen encoders go back to evaluation mode
     return groups
@@ -357,9 +364,6 @@ def parameters_with(text: str, part: nn.Module) -> Named:
     return {name: p for name, p in part.named_parameters() if text in name}
 
 
-def _in_fp32(parameters: Named) -> Named:
-    """In half precision what trains loses small updates."""
-    for parameter in parameters.values():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    return parameters
+def is_half(parameter: nn.Parameter) -> bool:
+    """Whether it trains in half precision, where small updates are lost."""
+    return parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)

@@ -370,6 +370,8 @@ class Batch(_Tensors):
         samples: one entry a sample, in order.
         stream: what to commit when the optimizer step that ends with this batch completes (opaque
             to the model).
+        bounds: where the part of each rank begins, and the last one ends, in a row that several
+            ranks share; None where one rank runs it whole.
         host: the batch as it was before ``to`` moved it. What is counted and checked is read there,
             so that nothing waits for the accelerator.
     """
@@ -385,6 +387,7 @@ class Batch(_Tensors):
     step_captions: dict[str, Captions] = field(default_factory=dict)
     samples: list[BatchSample] = field(default_factory=list)
     stream: Any = None
+    bounds: tuple[int, ...] | None = None
     _host: Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     @property

@@ -195,7 +195,11 @@ def test_a_run_directory_stands_for_its_recipe(home, tmp_path, monkeypatch, caps
     main(["fit", f"--config={tmp_path}/run"])
     assert "going on from" in capsys.readouterr().err
     assert "is not a run directory" in fails(capsys, "fit", "-c", tmp_path)[1]
-    unset = ["fit", "-c", tmp_path / "run", "--run_dir=$RUNS_NO/x"]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    main(["fit", "-c", f"{tmp_path}/moved"])
+    assert f"{tmp_path}/moved: going on from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    unset = ["fit", "-c", tmp_path / "moved", "--run_dir=$RUNS_NO/x"]
     assert "'$RUNS_NO/x' names an environment variable that is not set" in fails(capsys, *unset)[1]
 
 

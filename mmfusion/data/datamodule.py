@@ -107,6 +107,8 @@ class MultimodalData(L.LightningDataModule):
         self.processor: Processor | None = None
         self.managed = False
         """Whether a callback commits the steps of this module's stream."""
+        self.ranks_per_pack = 1
+        """Neighbouring ranks that are given the same packs."""
         self._state: StreamState | None = None
         self._left_out: Sequence[LeftOut] = ()
         self._val: FixedLoader | None = None
@@ -178,9 +180,21 @@ class MultimodalData(L.LightningDataModule):
         for other in self.state.leave_out(known, self.packs_per_step):
             logger.warning("not left out, as it is not of this history: %s", other)
 
-    def division(self, rank: int = 0, world: int = 1) -> Division:
-        """How a step is divided over ranks and micro-batches."""
-        return Division(self.packs_per_step, self.packs_per_micro_batch, rank, world)
+    def division(self, rank: int, world: int) -> Division:
+        """How a step is divided over ranks and micro-batches.
+
+        Raises:
+            ValueError: where the ranks are no whole number of groups that share packs.
+        """
+        size = self.ranks_per_pack
+        if world % size:
+            raise ValueError(
+                f"{world} processes cannot share packs in groups of {size} (sequence_parallel); "
+                f"start a multiple of {size}."
+            )
+        return Division(
+            self.packs_per_step, self.packs_per_micro_batch, rank // size, world // size
+        )
 
     def micro_batches_per_step(self, world_size: int) -> int:
         """Lightning's ``accumulate_grad_batches``."""
@@ -209,13 +223,14 @@ class MultimodalData(L.LightningDataModule):
             rank, world = 0, 1
             if self.trainer is not None:
                 rank, world = self.trainer.global_rank, self.trainer.world_size
+            division = self.division(rank, world)
             batches = ValidationBatches(
                 self.val_sources,
                 self._ready_processor,
                 self.val_limit,
                 Budget(self.pack_tokens, self.pack_media),
-                rank,
-                world,
+                division.rank,
+                division.world,
                 self.pad_rows,
             )
             self._val = FixedLoader(batches, self.workers)

@@ -75,8 +75,9 @@ class ValidationBatches(Dataset[Batch]):
         """What each sample takes of a pack."""
         if not (dist.is_available() and dist.is_initialized()) or world == 1:
             return [self._cost(ref) for ref in refs]
-        shares: list[Any] = [None] * world
+        shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, [self._cost(ref) for ref in refs[rank::world]])
+        shares = shares[:: len(shares) // world]  # neighbours may have the same
         return [shares[i % world][i // world] for i in range(len(refs))]
 
     def _cost(self, ref: SampleRef) -> Cost | BadSample:

@@ -24,6 +24,7 @@ from mmfusion.models import fusion
 from mmfusion.models.encoders.base import Encoder
 from mmfusion.models.generators.base import Generator
 from mmfusion.models.llms.base import LLM
+from mmfusion.models.llms.sequence import SequenceGroup, SequenceShare
 from mmfusion.models.output_projectors.base import OutputProjector
 from mmfusion.models.projectors.base import Projector
 from mmfusion.models.speakers.base import Speaker
@@ -67,6 +68,8 @@ class AnyToAnyModel(nn.Module):
         needs: parts that are loaded of each generator.
         stored: parts of each generator whose work comes with the targets.
         target_processors: those that take the place of a generator's own.
+        sequence_group: the ranks that share rows with this one, where there are such.
+        divided: encoders whose weights ranks share, so that all must run them as often.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class AnyToAnyModel(nn.Module):
         self.needs = {modality: frozenset(given.get(modality, ())) for modality in self.generators}
         self.stored: dict[str, frozenset[str]] = {}
         self.target_processors: dict[str, MediaProcessor] = {}
+        self.sequence_group: SequenceGroup | None = None
+        self.divided: set[str] = set()
         self._captioned = frozenset(captioned)
         self._step_captions = frozenset(step_captions)
         self._processor: Processor | None = None
@@ -214,8 +219,7 @@ class AnyToAnyModel(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         embeds, media_tokens = self.embed(batch)
         idle = embeds.new_zeros(())
-        cu_seqlens = batch.host.cu_seqlens
-        states = self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, self.layers)
+        states = self._states(embeds, batch)
         conditioning: dict[str, Conditioning] = {}
         for modality in self.output_projectors:  # in the recipe's order, the same on every rank
             target = batch.host.targets[modality]
@@ -229,6 +233,17 @@ class AnyToAnyModel(nn.Module):
                 idle = idle if given.pooled is None else idle + 0.0 * given.pooled.sum()
             conditioning[modality] = given
         return ModelOutput(states[-1], media_tokens, conditioning, idle)
+
+    def _states(self, embeds: Tensor, batch: Batch) -> dict[int, Tensor]:
+        """(B, T, D) of each of :attr:`layers`; of a row that ranks share, of this rank's tokens."""
+        cu_seqlens = batch.host.cu_seqlens
+        if batch.bounds is None:
+            return self.llm.forward_layers(embeds, batch.position_ids, cu_seqlens, self.layers)
+        assert self.sequence_group is not None
+        share = SequenceShare(batch.bounds, self.sequence_group)
+        own, places = share.own(embeds), share.own(batch.position_ids)
+        states = self.llm.forward_layers(own, places, cu_seqlens, self.layers, share)
+        return {layer: share.placed(state) for layer, state in states.items()}
 
     @property
     def layers(self) -> list[int]:
@@ -304,7 +319,8 @@ class AnyToAnyModel(nn.Module):
         projector = cast(Projector, self.input_projectors[modality])
         trains = any(p.requires_grad for p in encoder.parameters())
         longest = int(media.num_features.max())
-        if trains or (projector.reads_features and not media.idle):
+        wanted = projector.reads_features and not media.idle
+        if trains or wanted or modality in self.divided:
             with nullcontext() if trains else torch.no_grad():
                 features = encoder(tensors)
         else:

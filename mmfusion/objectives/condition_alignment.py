@@ -76,6 +76,10 @@ class ConditionAlignment(TargetObjective):
         if self.contrastive and self.training:
             assert self._step_texts is not None, "begin_step comes before the losses of a step"
             texts = self._step_texts
+        elif self.contrastive and batch.bounds is not None:
+            # Those of the whole batch, of which ranks have a part of the targets each.
+            own = batch.step_captions[self.modality]
+            texts = Texts(own.captions, model.generator(self.modality).encode_captions(own))
         else:
             encode = model.generator(self.modality).encode_captions
             texts = Texts(target.captions, encode(batch.targets[self.modality])).distinct()

@@ -4,6 +4,8 @@ which may go.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmfusion.paths import expand
@@ -47,10 +50,10 @@ def checkpoints(run: str, verify: bool = False, keep: NonNegativeInt | None = No
     if keep is not None:
         found = prune(directory, found, defects, keep)
     about = {path: _about(path) for path in found}
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
     console.print(table(directory, about, defects))
     for line in in_common([given for given in about.values() if given is not None]):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def prune(
@@ -82,7 +85,12 @@ def table(
     """One line a checkpoint."""
     latest = directory.checkpoints / LATEST
     newest = latest.read_text().strip() if latest.is_file() else ""
-    made = Table("checkpoint", "MiB", "trained weights", "ranks", "strategy", "written", "")
+    made = Table()
+    made.add_column("checkpoint", min_width=len("step-00000000"), no_wrap=True)
+    for name in ("MiB", "trained weights", "ranks", "strategy"):
+        made.add_column(name)
+    made.add_column("written", min_width=len("2026-01-01T00:00"), no_wrap=True)
+    made.add_column("", min_width=len("manifest"))
     for path, told in about.items():
         given = told or {}
         said = ["latest"] if path.name == newest else []
@@ -92,15 +100,16 @@ def table(
         written = given.get("written") or datetime.fromtimestamp(path.stat().st_mtime).isoformat(
             " ", "seconds"
         )
-        made.add_row(
+        row = (
             path.name,
             f"{_size(path) / MIB:,.1f}",
             "?" if told is None else _weights(path, given),
             str(given.get("world_size", "")),
             str(given.get("strategy", "")),
-            str(written),
+            str(written)[:16],
             ", ".join(said),
         )
+        made.add_row(*map(escape, row))  # a manifest may hold what rich takes for a style
     return made
 
 
@@ -136,10 +145,11 @@ def _size(path: Path) -> int:
 
 
 def _weights(path: Path, about: Mapping[str, Any]) -> str:
-    if "weights" in about or path.is_dir():
-        return f"{about['weights']:,}" if "weights" in about else ""
+    if "weights" in about:
+        count = about.get("weights", "")
+        return f"{count:,}" if isinstance(count, int) else str(count)
     try:
         kept = read_checkpoint(path, "meta")["state_dict"]
-    except Exception:
+    except Exception:  # as above
         return "?"
     return f"{sum(tensor.numel() for tensor in kept.values()):,}"

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import struct
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import takewhile
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmfusion.paths import expand
@@ -23,7 +26,9 @@ from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
 
-FOUND = "run.json"
+FOUND, SUBMITTED = "run.json", "launch/job.json"
+LONG = 200
+"""Characters of a reason; ``status.json`` has all of it."""
 FAILURES = "failures.jsonl"
 _FLOCK = "@hhlli"
 """``struct flock`` of Linux: type, whence, start, length, process."""
@@ -35,7 +40,8 @@ class Standing:
 
     Attributes:
         path: of its directory.
-        state: as in ``status.json``; ``lost`` where that says ``running`` and no process holds it.
+        state: as in ``status.json``; ``lost`` where that says ``running`` and no process holds it,
+            ``not begun`` where it was launched and has written nothing.
         step: optimizer steps done.
         steps: in all.
         loss: of the last step that was logged.
@@ -71,7 +77,9 @@ def runs(folder: str = "runs", failed: PositiveInt | None = None) -> None:
         raise FileNotFoundError(
             f"no run is in {path}; give the folder that holds their directories."
         )
-    Console().print(table(found))
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(
+        table(found)
+    )
 
 
 def worth_another(run: RunDirectory, most: int) -> bool:
@@ -82,32 +90,46 @@ def worth_another(run: RunDirectory, most: int) -> bool:
     file, newest = run.path / FAILURES, saved[-1].name if saved else None
     file.parent.mkdir(parents=True, exist_ok=True)
     note = {"newest": newest, "at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    before = file.read_bytes() if file.is_file() else b""
     with file.open("a") as notes:
-        notes.write(json.dumps(note) + "\n")
-    noted = [json.loads(line)["newest"] for line in file.read_text().splitlines()]
+        torn = before and not before.endswith(b"\n")  # by a kill, or a full disk
+        notes.write(("\n" if torn else "") + json.dumps(note) + "\n")
+    noted = _noted(file)
     fruitless = len([*takewhile(lambda other: other == newest, reversed(noted))])
     if fruitless >= most:
         print(f"{run.path} failed {fruitless} times without a new checkpoint; given up.")
     return fruitless < most
 
 
+def _noted(file: Path) -> list[str | None]:
+    """The newest checkpoint of each failure; a note that cannot be read is left out."""
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        with suppress(ValueError, LookupError, TypeError):
+            found.append(json.loads(line)["newest"])
+    return found
+
+
 def directories(folder: Path) -> Iterator[RunDirectory]:
     """Runs in a folder and in the folders of it, a run's stages among them."""
     for depth in ("", "*/", "*/*/"):
-        for file in sorted(folder.glob(depth + FOUND)):
-            yield RunDirectory(file.parent)
+        begun = {file.parent for file in folder.glob(depth + FOUND)}
+        submitted = {file.parent.parent for file in folder.glob(depth + SUBMITTED)}
+        for path in sorted(begun | submitted):
+            yield RunDirectory(path)
 
 
 def standing(run: RunDirectory) -> Standing:
     """Of a run that may be going on meanwhile."""
     status = run.status()
-    state = str(status.get("state", "unknown"))
+    begun = (run.path / FOUND).exists()
+    state = str(status.get("state", "unknown" if begun else "not begun"))
     if state == "running" and not _held(run):
         state = "lost"
     return Standing(
         run.path,
         state,
-        int(status.get("step", 0)),
+        _whole(status.get("step")),
         _steps(run),
         _loss(run),
         len(run.attempts()),
@@ -118,11 +140,15 @@ def standing(run: RunDirectory) -> Standing:
 
 def table(found: list[Standing]) -> Table:
     """One line a run."""
-    made = Table("run", "state", "step", "loss", "starts", "updated", "reason")
+    made = Table("run", "state", "step", "loss", "starts")
+    made.add_column("updated", min_width=len("2026-01-01T00:00"), no_wrap=True)
+    made.add_column("reason", min_width=12)
     for one in found:
         of = f"{one.step:,} of {one.steps:,}" if one.steps else f"{one.step:,}"
         loss = "" if one.loss is None else f"{one.loss:.4g}"
-        made.add_row(str(one.path), one.state, of, loss, str(one.attempts), one.updated, one.reason)
+        reason = one.reason if len(one.reason) <= LONG else f"{one.reason[:LONG]} ..."
+        row = (str(one.path), one.state, of, loss, str(one.attempts), one.updated[:16], reason)
+        made.add_row(*map(escape, row))  # a reason may hold what rich takes for a style
     return made
 
 
@@ -145,8 +171,16 @@ def _steps(run: RunDirectory) -> int | None:
         return None
 
 
+def _whole(value: Any) -> int:
+    """A number of ``status.json``, which is the word of who wrote it; else 0."""
+    return value if isinstance(value, int) else 0
+
+
 def _loss(run: RunDirectory) -> float | None:
     file = run.path / "metrics.csv"
-    rows = read_metrics(file) if file.is_file() else []
+    try:
+        rows = read_metrics(file) if file.is_file() else []
+    except (ValueError, LookupError, TypeError):  # one damaged run hides no other
+        return None
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     return float(losses[-1]) if losses else None

@@ -11,7 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -83,12 +83,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path, about: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(str(path)) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # the archive could not be closed either
-                    raise error.__context__ from None
-                raise
+            _save(checkpoint, file)
             weights = sum(tensor.numel() for tensor in checkpoint.get("state_dict", {}).values())
             manifest.add(file, {**about, "weights": weights})
         self.done(path)
@@ -111,7 +106,7 @@ class AtomicCheckpointIO(CheckpointIO):
             _check_plain(rest, "")
             names.append(sharded.REST)
             with write_whole(str(folder / sharded.REST)) as file:
-                torch.save(rest, file)
+                _save(rest, file)
         return {name: manifest.entry(folder / name) for name in names}
 
     @property
@@ -157,6 +152,15 @@ def read_checkpoint(path: str | Path, device: Any = "cpu", unread: bool = False)
     rest = torch.load(Path(path, sharded.REST), map_location="cpu", weights_only=True)
     found = sharded.joined(path, rest, numbers=str(device) != "meta")
     return found if unread else sharded.read(found)
+
+
+def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the archive could not be closed either
+            raise error.__context__ from None
+        raise
 
 
 def _copy(value: Any) -> Any:
@@ -258,6 +262,8 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
         )
     with torch.no_grad():
         for name, tensor in found.items():
+            if own[name].requires_grad and own[name].element_size() < tensor.element_size():
+                own[name].data = own[name].data.to(tensor.dtype)  # it goes on in full precision
             own[name].copy_(tensor)
     return set(found)
 

@@ -41,8 +41,13 @@ from mmfusion.training.callbacks.watchdog import Watchdog
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.messages import show_messages
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.recipe_parser import RecipeParser, ignored_key, refuse_functions
-from mmfusion.training.resume import by_step, complete_checkpoint, find
+from mmfusion.training.recipe_parser import (
+    RecipeError,
+    RecipeParser,
+    ignored_key,
+    refuse_functions,
+)
+from mmfusion.training.resume import by_step, complete_checkpoint, find, remove
 from mmfusion.training.rewind import Rewind, forget_left_out, go_back, read_left_out
 from mmfusion.training.run import NOT_THE_RECIPE, Attempt, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
@@ -148,6 +153,12 @@ class RecipeCommand(LightningCLI):
             help="optimizer steps between validations",
         )
         add("--strategy", type=Strategy | None, help="how the ranks share the model")
+        add(
+            "--sequence_parallel",
+            type=PositiveInt,
+            default=1,
+            help="ranks that share each pack, a part of its tokens each (for long packs)",
+        )
         add("--wandb", type=Literal["auto", "online", "offline", "off"], default="auto", help="W&B")
         add("--wandb_project", type=str, default="mmfusion", help="W&B project")
         add(
@@ -184,9 +195,29 @@ class RecipeCommand(LightningCLI):
     def instantiate_classes(self) -> None:
         """Module and data, stored features in place of the parts that make them; the trainer."""
         super().instantiate_classes()
+        self._share_packs(self.config.sequence_parallel)
         if self.datamodule.features and self.stored:
             given = encode_arguments(self._args)
             use_features(self.model, self.datamodule, self.recipe(), given)
+
+    def _share_packs(self, size: int) -> None:
+        if size > 1 and self.datamodule.pad_rows:
+            raise RecipeError(
+                f"sequence_parallel is {size} and data.pad_rows is set; only packs laid end to end "
+                "can be shared. Leave data.pad_rows out."
+            )
+        if size > 1 and self.name == "predict":
+            raise RecipeError(
+                f"sequence_parallel is {size}, but predict gives the loss of each sample from one "
+                "rank; add --sequence_parallel=1."
+            )
+        together = getattr(self.trainer.strategy, "tensor_parallel", 1) if self.trainer else 1
+        if size > 1 and together > 1:
+            raise RecipeError(
+                f"sequence_parallel is {size} and the strategy's tensor_parallel {together}; set "
+                "one of them."
+            )
+        self.datamodule.ranks_per_pack = size * together
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer of this command, with our callbacks and checkpoint files."""
@@ -299,8 +330,23 @@ class RecipeCommand(LightningCLI):
         remote = self._one(RunCheckpoint).remote
         wanted = self.config.resume in ("auto", "must") and not by_step(run.checkpoints)
         if remote and wanted and (path := remote.fetch_newest(run.checkpoints)):
+            self._check_fetched(path, remote.url)
             log.info(f"{path} was fetched from {remote.url}")
         return find(run.path, self.config.resume)
+
+    def _check_fetched(self, path: Path, url: str) -> None:
+        """Refuse another run's: there is no ``config.yaml`` yet to compare the recipe with."""
+        made, here = manifest.read(path), fingerprint(self.recipe())
+        there = made.about.get("recipe", here) if made else here
+        if self.name != "fit" or there == here or self.config.allow_recipe_change:
+            return
+        remove(path)
+        raise ValueError(
+            f"checkpoint.remote {url} holds checkpoints of another recipe (fingerprint {there}, "
+            f"here {here}). Give each run a place of its own (a sweep's trials too: "
+            "checkpoint.remote as one of its parameters), or go on from there by "
+            "--allow_recipe_change."
+        )
 
     def _made_by(self, start: Path, recipe: Mapping[str, Any]) -> manifest.Manifest | None:
         """The manifest of the checkpoint to go on from; None where it is older than manifests."""
@@ -417,13 +463,17 @@ def encode_arguments(args: Sequence[str]) -> list[str]:
 
 
 def _runs_as_recipes(args: Sequence[str]) -> list[str]:
-    """``-c RUN`` as ``-c RUN/config.yaml``."""
+    """``-c RUN`` as ``-c RUN/config.yaml --run_dir=RUN``: a directory that was moved or copied is
+    the run, not where it was before, which is what its recipe says.
+    """
     found = []
     for before, arg in pairwise(["", *args]):
         name, equals, value = arg.partition("=")
-        if before in CONFIG:
-            arg = recipe_of(arg)
-        elif equals and name in CONFIG:
-            arg = f"{name}={recipe_of(value)}"
-        found.append(arg)
+        given = arg if before in CONFIG else value if equals and name in CONFIG else None
+        if given is None:
+            found.append(arg)
+            continue
+        recipe = recipe_of(given)
+        found.append(recipe if given is arg else f"{name}={recipe}")
+        found += [f"--run_dir={given}"] if recipe != given else []
     return found

@@ -19,7 +19,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric, SumMetric
 
 from mmfusion import tuning as tune
@@ -33,7 +32,9 @@ from mmfusion.models.projectors.base import Projector
 from mmfusion.models.speakers.base import Speaker
 from mmfusion.objectives.base import Loss, Objective, TargetObjective
 from mmfusion.training.checkpoint import trained_names
+from mmfusion.training.gradients import total_norm
 from mmfusion.training.schedules import WarmupDecay
+from mmfusion.training.sequence import join_group, own_part
 from mmfusion.training.trained_weights import (
     check_order,
     check_own,
@@ -61,10 +62,12 @@ class Evaluated:
     """What a batch of a validation or a test gives to callbacks.
 
     Attributes:
+        batch: this rank's part of it.
         losses: of each objective.
         conditioning: of the targets of each modality the model makes.
     """
 
+    batch: Batch
     losses: dict[str, Loss]
     conditioning: dict[str, Conditioning]
 
@@ -197,7 +200,9 @@ class MultimodalModule(L.LightningModule):
             torch.manual_seed(self.seed)
             self.model.build()
             torch.manual_seed(self.seed)  # adapters are drawn alike, whatever was built
-            self.groups = tune.apply(self.model, self.tuning)
+            divides = self._trainer is not None and hasattr(self.trainer.strategy, "widens_llm")
+            widens = divides and cast(Any, self.trainer.strategy).widens_llm
+            self.groups = tune.apply(self.model, self.tuning, widen_llm=not widens)
         if self.init_from:
             self.inherited = load_earlier(self, self.init_from, self.init_drop)
         if self.compile_llm:
@@ -221,11 +226,15 @@ class MultimodalModule(L.LightningModule):
         anything is loaded.
         """
         self._fitting = stage == "fit"
+        data, given = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
+        splits = data.micro_batches_per_step(self.trainer.world_size)
+        if data.ranks_per_pack > self.copies and self.model.sequence_group is None:
+            self.model.sequence_group = join_group(
+                data.ranks_per_pack, getattr(self.trainer.strategy, "_timeout", None)
+            )
         if not self._fitting:
             return
         self.schedule.check(self.trainer.max_steps)
-        data, given = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
-        splits = data.micro_batches_per_step(self.trainer.world_size)
         if given not in (1, splits):
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {given}, but data.packs_per_step and "
@@ -257,13 +266,16 @@ class MultimodalModule(L.LightningModule):
         micro = batch_idx % splits
         # Named by what is in it, a micro-batch draws the same on any rank.
         first = batch.samples[0].ref.position if batch.samples else -1
-        torch.manual_seed(_key(self.seed, self.global_step, first))
+        group = () if self.model.sequence_group is None else (self.model.sequence_group.rank,)
+        torch.manual_seed(_key(self.seed, self.global_step, first, *group))
         if micro == 0:
             flags = torch.tensor([flag() for flag in self.flags.values()], dtype=torch.int64)
             mine = [*batch.step_counts.values(), *flags.to(self.device, non_blocking=True)]
             sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack(mine), reduce_op="sum"))
             units = list(batch.step_counts)
-            self._step_counts = dict(zip(units, sums[: len(units)], strict=True))
+            # Ranks that share packs have counted the same.
+            own = sums[: len(units)] // cast(Any, self.trainer).datamodule.ranks_per_pack
+            self._step_counts = dict(zip(units, own, strict=True))
             self.agreed = dict(zip(self.flags, sums[len(units) :], strict=True))
             self._step_losses, self.step_samples, self._spike = {}, [], False
 
@@ -275,6 +287,7 @@ class MultimodalModule(L.LightningModule):
         if batch_idx % splits == 0:
             for objective in self.objectives.values():
                 cast(Objective, objective).begin_step(self.model, batch)
+        batch = self.own_part(batch)
         output = self.model(batch)
         losses = self._losses(output, batch)
         shares = {
@@ -289,7 +302,7 @@ class MultimodalModule(L.LightningModule):
             self._end_losses()
         # A loss that is not finite makes every gradient NaN, on all ranks: one check finds both.
         share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
-        loss = share * self.trainer.world_size * splits + output.idle
+        loss = share * (self.trainer.world_size // self.copies) * splits + output.idle
         if not self.step_has_targets:  # it reaches what trains all the same
             loss = loss + 0.0 * output.hidden_states.sum()
         return {"loss": loss, "losses": {name: _detached(loss) for name, loss in losses.items()}}
@@ -302,15 +315,21 @@ class MultimodalModule(L.LightningModule):
         if self.leaves_step_out:
             optimizer.zero_grad()  # momentum and decay would move them
             return
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if self.copies > 1:
+            cast(Any, self.trainer.strategy).average_copies(optimizer)
+        norm = total_norm(
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
         )
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         skips = scaler is not None and scaler.get_scale() >= 1  # fp16 skips steps by itself
         if not (skips or torch.isfinite(norm)):
             self.refuse_step()
             optimizer.zero_grad()
+
+    @property
+    def copies(self) -> int:
+        """How many ranks compute the same terms of the losses."""
+        return int(getattr(self.trainer.strategy, "tensor_parallel", 1))
 
     @property
     def step_has_targets(self) -> bool:
@@ -359,8 +378,13 @@ class MultimodalModule(L.LightningModule):
     def _summed_losses(self) -> dict[str, Tensor]:
         """Over the ranks; all of them must call it."""
         sums = torch.stack([*self._step_losses.values()])
-        sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")) / self.copies
         return dict(zip(self._step_losses, sums, strict=True))
+
+    def own_part(self, batch: Batch) -> Batch:
+        """What this rank computes of a batch: all of it, where no others have the same."""
+        group = self.model.sequence_group
+        return batch if group is None else own_part(batch, group.rank, group.size)
 
     def _losses(self, output: Any, batch: Batch) -> dict[str, Loss]:
         return {name: loss(self.model, output, batch) for name, loss in self.objectives.items()}
@@ -404,13 +428,14 @@ class MultimodalModule(L.LightningModule):
         return rows
 
     def _evaluate(self, batch: Batch) -> Evaluated:
+        batch = self.own_part(batch)
         output = self.model(batch)
         losses = self._losses(output, batch)
         for name, loss in losses.items():
             mean = cast(MeanMetric, self.means[name])
             mean.update(loss.total.detach().float() / loss.count.clamp(min=1), loss.count)
             cast(SumMetric, self.terms[name]).update(loss.count)
-        return Evaluated(losses, output.conditioning)
+        return Evaluated(batch, losses, output.conditioning)
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses of the validation."""

@@ -12,11 +12,13 @@ from typing import Any
 import fsspec
 
 from mmfusion.data.whole_file import publish, temporary_path
-from mmfusion.training.manifest import MANIFEST, parse, read
-from mmfusion.training.resume import STEP_NAME, step_of
+from mmfusion.training.manifest import MANIFEST, ManifestError, parse, read
+from mmfusion.training.resume import STEP_NAME, remove, step_of, why_incomplete
 
 PART_NAME = re.compile(r"\.step-\d+\.ckpt\.part")
 """Of a copy that is being made."""
+TAIL = 1 << 16
+"""So many bytes at the end of a file tell it from others."""
 log = logging.getLogger(__name__)
 
 
@@ -32,6 +34,8 @@ class RemoteCopy:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._known: set[str] = set()
+        """Names of those that are there as they are here."""
         try:
             self._files, self._folder = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
@@ -45,14 +49,31 @@ class RemoteCopy:
             self._files.makedirs(self._folder, exist_ok=True)
             before, there = self._entries(), self._names()
             for path in reversed(paths):
-                if path.name not in there:
+                if path.name not in there or not self._is_copied(path):
                     self._copy(path)
+                self._known.add(path.name)
             stay = {path.name for path in paths}
             for name in before - stay:
                 if STEP_NAME.fullmatch(name) or PART_NAME.fullmatch(name):
                     self._remove(name)
         except Exception as error:  # of any package behind fsspec
             log.warning("not copied to %s: %s: %s", self.url, type(error).__name__, error)
+
+    def _is_copied(self, path: Path) -> bool:
+        """Whether what is there under a checkpoint's name is this one: not the same step of a run
+        before, which went on from further back or started over.
+        """
+        if path.name in self._known:
+            return True
+        own, names = (path / MANIFEST, (MANIFEST,)) if path.is_dir() else (path, ())
+        there, size = self._at(path.name, *names), own.stat().st_size
+        if self._files.size(there) != size:
+            return False
+        # Of an archive: its list of members with their checksums.
+        start = max(0, size - TAIL)
+        with own.open("rb") as file:
+            file.seek(start)
+            return bool(self._files.cat_file(there, start=start, end=size) == file.read())
 
     def _copy(self, path: Path) -> None:
         """A file under another name first; of a folder the manifest last."""
@@ -61,6 +82,7 @@ class RemoteCopy:
             self._put(path, aside)
             self._files.mv(aside, self._at(path.name))
             return
+        self._remove(path.name)
         for name in [*self._listed(path), MANIFEST]:
             self._files.makedirs(posixpath.dirname(self._at(path.name, name)), exist_ok=True)
             self._put(path / name, self._at(path.name, name))
@@ -77,15 +99,34 @@ class RemoteCopy:
             self._files.rm(self._at(name), recursive=True)
 
     def fetch_newest(self, folder: Path) -> Path | None:
-        """Copy the newest checkpoint into a folder; None where there is none.
+        """Copy the newest checkpoint that is whole into a folder; None where there is none at all.
 
         Raises:
             OSError: where the place cannot be read.
+            ValueError: where none is whole.
         """
-        names = sorted(self._names(), key=lambda name: (step_of(Path(name)), name))
-        if not names:
-            return None
-        path = folder / names[-1]
+        reasons = []
+        for name in sorted(self._names(), key=lambda one: (step_of(Path(one)), one), reverse=True):
+            try:
+                path = self._fetch(folder, name)
+                defect = why_incomplete(path)
+            except ManifestError as error:
+                defect = str(error)
+            if defect is None:
+                return path
+            log.warning("not resuming from %s in %s: %s", name, self.url, defect)
+            reasons.append(f"{name}: {defect}")
+            if (folder / name).exists():
+                remove(folder / name)
+        if reasons:
+            raise ValueError(
+                f"none of the {len(reasons)} checkpoints in {self.url} is complete "
+                f"({'; '.join(reasons)}). Restore one, or start over with --resume none."
+            )
+        return None
+
+    def _fetch(self, folder: Path, name: str) -> Path:
+        path = folder / name
         folder.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ckpt":
             self._get(self._at(path.name), path)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from mmfusion.paths import expand
-from mmfusion.training import manifest
+from mmfusion.training import manifest, sharded
 from mmfusion.training.checkpoint import FOLDER, REQUIRED_KEYS, UNFINISHED
 
 log = logging.getLogger(__name__)
@@ -115,9 +115,11 @@ def why_incomplete(path: str | Path) -> str | None:
     if path.is_dir():
         made = manifest.read(path)
         assert made is not None
-        return _other_step(path, made.about.get("step"))
+        if defect := _other_step(path, made.about.get("step")):
+            return defect
+    file = path / sharded.REST if path.is_dir() else path
     try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that only their code could read"
     except Exception as error:  # a damaged file can raise anything: zlib's errors, KeyError, ...
@@ -129,7 +131,8 @@ def why_incomplete(path: str | Path) -> str | None:
     for key in ("state_dict", "callbacks"):
         if not isinstance(content[key], dict):
             return f"has a {type(content[key]).__name__} as its {key}, not a dict"
-    return _other_step(path, content["global_step"])
+    defect = _other_step(path, content["global_step"])
+    return sharded.why_not_whole(path, content) if path.is_dir() and not defect else defect
 
 
 def _other_step(path: Path, step: object) -> str | None:

@@ -59,6 +59,7 @@ FREE_KEYS = (
     "tensorboard",
     "timeout_minutes",
     "strategy",
+    "sequence_parallel",
     "data.num_workers",
     "data.worker_start",
     "data.val_sources",

@@ -16,6 +16,11 @@ _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.I)
 _HIDDEN = "(hidden)"
 
 
+def is_secret_variable(name: str) -> bool:
+    """Whether an environment variable is named like a key, token or password."""
+    return bool(_SECRET_VARIABLE.search(name) or _SECRET_NAME.search(name))
+
+
 def hide_secrets(value: Any, name: str = "") -> Any:
     """A copy of a configuration in which keys, tokens and passwords are hidden.
 

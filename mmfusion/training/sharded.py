@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,11 @@ def _share(name: str, value: Tensor | Part, rank: int, world: int) -> Share:
 
 
 def write(folder: Path, rank: int, shares: Iterable[Share]) -> str:
-    """A rank's file, flushed to disk; its name."""
+    """A rank's file, flushed to disk; its name.
+
+    Raises:
+        OSError: naming the file, where it cannot be written (a full disk).
+    """
     tensors, places = {}, {}
     for share in shares:
         if len(share.values):
@@ -76,7 +82,11 @@ def write(folder: Path, rank: int, shares: Iterable[Share]) -> str:
             places[share.name] = share.start
     name = SHARES.format(rank=rank)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / name, metadata={PLACES: json.dumps(places)})
+    try:
+        save_file(tensors, folder / name, metadata={PLACES: json.dumps(places)})
+    except SafetensorError as error:  # of a full disk too
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else EIO, str(error), str(folder / name)) from None
     with open(folder / name, "rb+") as file:
         os.fsync(file.fileno())
     return name
@@ -105,6 +115,13 @@ class Shares:
                 raise ValueError(f"{path} holds no shares of a checkpoint: {error}") from None
         for rows in self._rows.values():
             rows.sort(key=lambda row: row[:2])
+
+    def end(self, name: str) -> int:
+        """How many numbers of a tensor there are from its first on without a gap."""
+        place = 0
+        for begins, ends, _ in self._rows.get(name, []):
+            place = max(place, ends) if begins <= place else place
+        return place
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Numbers of a tensor.
@@ -229,6 +246,20 @@ def joined(folder: str | Path, rest: Mapping[str, Any], numbers: bool = True) ->
         "state_dict": Unread(shares, shapes, weights, {}),
         "optimizer_states": [{**saved, "state": state}],
     }
+
+
+def why_not_whole(folder: str | Path, rest: Mapping[str, Any]) -> str | None:
+    """What of the tensors that :data:`REST` names no rank's file holds, or None: files of some
+    ranks and their lines in the manifest may be gone together.
+    """
+    try:
+        shares = Shares(folder)
+        for name, (_, *shape) in rest["shapes"].items():
+            if (end := shares.end(name)) < (count := math.prod(shape)):
+                return f"has {end:,} of the {count:,} numbers of {name}; a rank's file is missing"
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return f"cannot be put together ({type(error).__name__}: {error})"
+    return None
 
 
 def read(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training import jobs
 
-STRATEGIES = ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "fsdp2")
+STRATEGIES = {
+    name: [f"--strategy={name}"]
+    for name in ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "fsdp2")
+} | {"sequence_parallel": ["--strategy=ddp", "--sequence_parallel=2"]}
 SMALL = 4096
 """Bytes; counts and flags are below."""
 KINDS = {
     "allreduce_": "all-reduce",
+    "alltoall_base_": "all-to-all",
     "_allgather_base_": "all-gather",
     "allgather_": "all-gather",
     "allgather_into_tensor_coalesced_": "all-gather",
@@ -42,11 +46,14 @@ KINDS = {
 SENT: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "broadcast": lambda n: (n - 1) / n,
     "reduce": lambda n: (n - 1) / n,
 }
-"""Bytes that each of n ranks sends for each byte of the whole tensor, in a ring."""
+"""Bytes that each of n ranks sends for each byte of the whole tensor, in a ring; of what it hands
+over, where each rank has something for every other.
+"""
 Counts = dict[str, int]
 
 
@@ -147,12 +154,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("recipe")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", default=[*STRATEGIES], choices=[*STRATEGIES])
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.strategies:
-            given = [f"--strategy={name}", "--data.packs_per_step=2"]
+            given = [*STRATEGIES[name], "--data.packs_per_step=2"]
             counted, sizes = count(options.recipe, given, Path(folder, name))
             print(f"{name}: {_told(counted)}, of parts with {_told(sizes)}", flush=True)
 

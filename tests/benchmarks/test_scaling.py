@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mmfusion.training.loggers import read_metrics
 from tests.benchmarks import mid_size, scaling
 from tests.benchmarks.communication import count
 from tests.models.tiny import llama_config
@@ -88,3 +89,20 @@ def test_the_formulas_give_what_two_processes_hand_to_collectives(tmp_path, reci
     }
     del found["small"]
     assert found == pytest.approx(expected[name], rel=0.03)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_packs_exchange_what_attention_takes(tmp_path, recipe):
+    """Queries, keys, values and what comes of them, in each layer, there and back."""
+    options = ["--strategy=ddp", "--sequence_parallel=2", "--data.packs_per_step=4"]
+    found, size = count(str(recipe), options, tmp_path / "run")
+    (row, *_) = [
+        row
+        for row in read_metrics(tmp_path / "run" / "run" / "metrics.csv")
+        if "throughput/tokens_per_s" in row
+    ]
+    tokens = round(row["throughput/tokens_per_s"] * row["throughput/step_s"])  # of a step
+    heads, keys, width, layers = 8, 8, 16, 3
+    numbers = layers * 2 * (2 * heads + 2 * keys) * width * tokens / 2
+    assert found["all-to-all"] == pytest.approx(4 * numbers, rel=0.01)  # parts differ by a token
+    assert found["all-reduce"] == size["trained"]

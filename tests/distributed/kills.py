@@ -57,6 +57,8 @@ STRATEGIES = {
         "--trainer.strategy.stage=3",
         "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ],
+    "fsdp2": ["--strategy=fsdp2"],
+    "shards": ["--strategy=fsdp2", "--checkpoint.sharded=true"],
 }
 """Options of each strategy. Those that save in folders do not write behind training."""
 MANIFEST = "manifest.json"
@@ -159,7 +161,7 @@ class Run:
     def start(self, setting: Setting) -> list[BaseProcess]:
         """The same command as ever."""
         args = ["fit", "-c", str(self.kills.recipe), f"--run_dir={self.path}"]
-        args += [f"--trainer.devices={setting.ranks}", "--timeout_minutes=3"]
+        args += [f"--trainer.devices={setting.ranks}", "--timeout_minutes=1"]
         args += [*STRATEGIES[setting.strategy], *self.options]
         self.ranks = jobs.start_ranks(
             args, self.home / "log", setting.ranks, prepare=Inside(str(self.home))
@@ -591,7 +593,9 @@ def main(args: Sequence[str] | None = None) -> list[Case]:
     """All runs; an assertion says what is not as it has to be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--strategies", default="ddp,zero1,zero2,zero3", help="with two ranks")
+    parser.add_argument(
+        "--strategies", default=",".join(list(STRATEGIES)[1:]), help="with two ranks"
+    )
     parser.add_argument("--no-mixed", action="store_true", help="no runs that change theirs")
     parser.add_argument("--no-full", action="store_true", help="no full disks")
     parser.add_argument("--seed", type=int, default=0)

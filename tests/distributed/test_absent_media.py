@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
+FSDP2 = "mmfusion.training.strategies.fsdp2.FSDP2"
 # All weights of a tiny model are below DeepSpeed's threshold, and would not be divided.
 DIVIDED = "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 READS = SMALL | {"layers": [1, -1], "add_embeddings": True, "baseline": "w31"}
@@ -41,7 +42,11 @@ CONVERTER = {"class_path": f"{HERE}.TinyConverter"}
 
 
 def zero(stage: int | str) -> list[str]:
-    """Options; of FSDP2 too, as a stage of its own."""
+    """Options; of FSDP2 too, as a stage of its own; and with encoders that are divided."""
+    if stage == "3, encoders":
+        return [*zero(3), "--trainer.strategy.divide_encoders=true"]
+    if stage == "fsdp2, encoders":
+        return [f"--trainer.strategy={FSDP2}", "--trainer.strategy.divide_encoders=true"]
     if stage == "fsdp2":
         return ["--strategy=fsdp2"]
     return [ZERO, f"--trainer.strategy.stage={stage}", *([DIVIDED] if stage == 3 else [])]
@@ -119,7 +124,7 @@ def divided(home: Path, mixed: Path) -> Callable[[int | str], Path]:
     return cache(lambda stage: run(home, mixed, f"zero{stage}", 2, *zero(stage)))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp2"])
+@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp2", "3, encoders", "fsdp2, encoders"])
 def test_a_rank_without_media_changes_nothing(home, alone, divided, stage):
     ours, theirs = figures(alone), figures(divided(stage))
     assert len(ours) == STEPS + 2
@@ -262,10 +267,17 @@ def test_what_cannot_be_done_under_zero_is_refused(home, mixed, alone, capsys):
         capsys, mixed, *zero(2), "--trainer.precision=16-mixed", f"--run_dir={home}/half"
     )
     assert "trainer.precision is 16-mixed; ZeRO trains in 32-true or bf16-mixed" in said
-    asks = ["fit", "-c", str(mixed), *zero(3), "--validation.table_samples=2"]
-    assert "'table_samples': 2" in refused_by(home, "asks", *asks)
     recipe = yaml.safe_load(mixed.read_text()) | {"run_dir": str(alone)}
     again = home / "again.yaml"
     again.write_text(yaml.safe_dump(recipe))
     said = refused_by(home, "validates", "validate", "-c", str(again), "--resume=none", *zero(3))
     assert "ZeRO, which only trains" in said
+
+
+@pytest.mark.parametrize("stage", [3, "fsdp2"])
+def test_a_divided_llm_is_asked_nothing_and_it_is_said(home, mixed, stage):
+    options = [*zero(stage), "--validation.generate_samples=3", "--validation.table_samples=0"]
+    path = run(home, mixed, f"asked{stage}", 2, *options)
+    said = (home / f"asked{stage}.0").read_text()
+    assert "validations leave out {'generate_samples': 3}" in said
+    assert any("val/loss" in row for row in read_metrics(path / "metrics.csv"))

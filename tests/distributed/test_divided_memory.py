@@ -11,8 +11,10 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests.models.tiny import save_llm
+from tests.models.tiny import save_llm, save_tokenizer
 from tests.training import jobs
 from tests.training.tiny import write_recipe
 
@@ -52,21 +54,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     options = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24}
     save_llm(folder / "large", **options)
+    model = AutoModelForCausalLM.from_pretrained(folder / "large")
+    model.to(torch.bfloat16).save_pretrained(folder / "half")
+    save_tokenizer(folder / "half")
     return folder
 
 
-def peaks(home: Path, strategy: str, llm: str) -> list[int]:
+LORA = {"class_path": "mmfusion.tuning.LoRA", "init_args": {"lr": 1e-2, "targets": ["q_proj"]}}
+FULL = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}
+
+
+def peaks(
+    home: Path, strategy: str, llm: str, tuning: object = LORA, dtype: str = "float32"
+) -> list[int]:
     """Of a run of one step, by rank."""
     path = write_recipe(
         home,
         trainer__max_steps=1,
-        model__llm__init_args__path=f"{home}/{llm}",
-        model__tuning__llm__init_args__targets=["q_proj"],
+        model__llm__init_args={"path": f"{home}/{llm}", "dtype": dtype},
+        model__tuning__llm=tuning,
         data__packs_per_micro_batch=1,
         data__packs_per_step=2,
         model__schedule={"warmup_steps": 0},
     )
-    name = f"{strategy}-{llm}"
+    name = f"{strategy}-{llm}-{dtype}"
     watch = {"class_path": f"{__name__}.Peak", "init_args": {"folder": f"{home}/{name}"}}
     args = ["fit", "-c", str(path), f"--run_dir={home}/run-{name}", "--timeout_minutes=2"]
     args += [f"--trainer.callbacks=[{json.dumps(watch)}]", "--trainer.devices=2"]
@@ -81,3 +92,13 @@ def test_no_rank_holds_the_whole_llm(home, strategy):
     libraries = min(peaks(home, strategy, "llm"))
     for peak in peaks(home, strategy, "large"):
         assert 0.4 * size < peak - libraries < 0.8 * size, (peak, libraries, size)
+
+
+def test_no_rank_holds_the_whole_llm_in_float32_where_all_of_it_trains(home):
+    """Its file has half precision; each rank has half of it in float32, which is as large. (Under
+    DeepSpeed each rank's share has gradients and Adam's state from the beginning.)
+    """
+    size = (home / "half" / "model.safetensors").stat().st_size
+    libraries = min(peaks(home, "fsdp2", "llm", FULL, "bfloat16"))
+    for peak in peaks(home, "fsdp2", "half", FULL, "bfloat16"):
+        assert 0.8 * size < peak - libraries < 1.6 * size, (peak, libraries, size)

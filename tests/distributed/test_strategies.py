@@ -19,6 +19,7 @@ from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step, why_incomplete
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.strategies.names import OURS, Strategy
+from mmfusion.training.strategies.zero import ZeRO
 from tests.training import jobs
 from tests.training.tiny import losses, write_recipe
 
@@ -108,6 +109,21 @@ def test_losses_gradients_and_weights_are_those_of_one_process(alone, together, 
     assert states[0]["param_groups"] == states[1]["param_groups"]
 
 
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="libaio-dev is not there")
+def test_offload_to_disks_changes_nothing(home, recipe, alone):
+    """DeepSpeed compiles what reads and writes them, which takes minutes the first time."""
+    options = [*DIVIDED, "--trainer.strategy.offload=nvme"]
+    options += [f"--trainer.strategy.nvme_path={home}/disks", "--timeout_minutes=10"]
+    path = run(home, recipe, "on disks", 2, *options)
+    assert curve(path) == pytest.approx(curve(alone), abs=1e-5)
+    one, two = (read_checkpoint(by_step(p / "checkpoints")[-1]) for p in (alone, path))
+    states = [kept["optimizer_states"][0]["state"] for kept in (two, one)]
+    torch.testing.assert_close(*states, atol=1e-4, rtol=1e-2)
+    assert any((home / "disks").iterdir())
+    again = run(home, recipe, "on disks", 2, *options, "--resume=must")
+    assert len(curve(again)) == STEPS
+
+
 @pytest.fixture(scope="module")
 def half(home: Path) -> Path:
     """The LLM in bfloat16, computed in it; what trains in fp32."""
@@ -148,6 +164,10 @@ CHAIN = [
     ("deepspeed_1", 2),
     ("deepspeed_3_offload", 2),
     ("deepspeed_2_offload", 2),
+    ("deepspeed_3, all divided", 3),  # shares are padded
+    ("deepspeed_3, all divided", 3),
+    ("fsdp2", 3),
+    ("deepspeed_1", 3),
 ]
 
 
@@ -184,6 +204,26 @@ def test_every_weight_of_an_llm_trains_divided(home):
     for name in ("fsdp2", "deepspeed_3, all divided", "deepspeed_2"):
         found = run(home, path, f"full on {name}", 2, *GIVEN[name])
         assert curve(found) == pytest.approx(ours, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_3, all divided"])
+def test_an_llm_of_half_precision_trains_whole_in_float32(home, name):
+    """It is made so as it is divided, and goes on with the values of its checkpoint."""
+    full = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 3e-3}}
+    path = write_recipe(
+        home,
+        trainer__max_steps=4,
+        model__llm__init_args__dtype="bfloat16",
+        model__tuning={"input_projectors": full, "llm": full},
+        data__packs_per_micro_batch=1,
+    )
+    ours = curve(run(home, path, f"whole beside {name}", 1))
+    for step in range(1, 4):
+        options = [*GIVEN[name], "--resume=must" if step > 1 else "--resume=auto"]
+        found = stopped(home, path, f"whole on {name}", 2, *options)
+        kept = read_checkpoint(by_step(found / "checkpoints")[-1])["state_dict"]
+        assert {weight.dtype for weight in kept.values()} == {torch.float32}
+    assert curve(found) == pytest.approx(ours[:3], abs=2e-5)
 
 
 def test_names_are_lightnings_too(home, recipe, capsys):
@@ -224,3 +264,10 @@ def test_shards_are_the_checkpoint_of_one_process(home, recipe, alone, together,
     stopped(home, recipe, f"shards on {name}", 1, "--resume=must", "--checkpoint.sharded=true")
     stopped(home, recipe, f"shards on {name}", 2, *options, "--resume=must")
     assert curve(path) == pytest.approx(curve(alone)[:3], abs=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"zero_optimization": "x"}, {"bf16": True}, {"fp16": None}])
+def test_sections_of_zeros_configuration_hold_fields(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"ZeRO: config\.{name} is .*; expected its fields"):
+        ZeRO(config=fields)

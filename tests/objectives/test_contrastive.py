@@ -17,6 +17,7 @@ from mmfusion.models.generators import base
 from mmfusion.models.generators.stored import with_text
 from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.step_texts import Texts, gather_texts
+from mmfusion.training.sequence import own_part
 from mmfusion.tuning import Full
 from mmfusion.types import Batch, Captions, EncodedSample
 from tests.models.generators.tiny import save_stable_diffusion
@@ -160,6 +161,24 @@ def test_evaluation_compares_the_captions_of_the_batch(model: AnyToAnyModel) -> 
     alone = objective.eval()(model, model(first), first).total
     assert float(alone) < float(trained)  # fewer captions to be told apart from
     assert objective(model, model(second), second).count == 3
+
+
+def test_ranks_that_share_a_batch_compare_the_same_captions_in_evaluation(
+    model: AnyToAnyModel,
+) -> None:
+    (batch,) = batches(model, 1)
+    objective = ConditionAlignment("image", contrastive=1.0).eval()
+    output = model(batch)
+    whole = objective(model, output, batch).per_sample
+    found = torch.zeros_like(whole)
+    for rank in range(2):
+        part = own_part(batch, rank, 2)
+        assert not part.targets["image"].idle
+        embeds, _ = model.embed(batch)
+        states = model._states(embeds, batch)
+        given = model.condition("image", states, embeds, part.targets["image"].slots)
+        found += objective(model, replace(output, conditioning={"image": given}), part).per_sample
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_that_was_not_begun_is_refused(model: AnyToAnyModel) -> None:

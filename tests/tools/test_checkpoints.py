@@ -12,7 +12,7 @@ from mmfusion.training import manifest
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.resume import by_step, find
 from mmfusion.training.run import RunDirectory
-from tests.training.tiny import fit, write_recipe
+from tests.training.tiny import fit, write_recipe, write_rest
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_a_checkpoint_that_is_a_folder_is_shown_and_verified(
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "rank0").write_bytes(bytes(1 << 20))
-        manifest.write(folder, ["rank0"], {"step": step, "strategy": "fsdp2", "world_size": 8})
+        files = ["rank0", write_rest(folder, step)]
+        manifest.write(folder, files, {"step": step, "strategy": "fsdp2[/]", "world_size": 8})
     (folder / "rank0").write_bytes(bytes(9))
     main(["checkpoints", str(tmp_path), "--verify"])
     lines = {word: line for line in capsys.readouterr().out.splitlines() for word in line.split()}

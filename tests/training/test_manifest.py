@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmfusion.training import manifest
+from mmfusion.training import manifest, sharded
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.remote import RemoteCopy
@@ -25,7 +25,7 @@ from mmfusion.training.resume import (
     why_incomplete,
 )
 from mmfusion.training.run import RunDirectory, differences, fingerprint, versions
-from tests.training.tiny import fit, losses, write_recipe
+from tests.training.tiny import fit, losses, write_recipe, write_rest
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def folder_of(run: Path, step: int, **about: Any) -> Path:
-    """A checkpoint of two files."""
+    """A checkpoint of three files."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     (folder / "optimizer").mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(bytes(range(200)))
     (folder / "optimizer" / ".metadata").write_bytes(b"state")
-    files = ["weights.safetensors", "optimizer/.metadata"]
+    files = ["weights.safetensors", "optimizer/.metadata", write_rest(folder, step)]
     manifest.write(folder, files, {"step": step, **about})
     return folder
 
@@ -252,3 +252,22 @@ def test_ranks_may_make_the_entries_of_what_they_wrote(tmp_path: Path) -> None:
         "rank0": {"bytes": 4, "sha256": hashlib.sha256(b"zero").hexdigest()}
     }
     assert manifest.verify(folder) is None
+
+
+def test_a_rank_whose_file_and_line_are_gone_is_missed(tmp_path: Path) -> None:
+    """The manifest that is left agrees with the files that are."""
+    folder = tmp_path / "step-00000003"
+    parts = [sharded.Share("row", start, torch.arange(5.0)) for start in (0, 5)]
+    files = [sharded.write(folder, rank, [part]) for rank, part in enumerate(parts)]
+    files.append(write_rest(folder, 3, {"row": ["float32", 10]}))
+    manifest.write(folder, files, {"step": 3})
+    assert why_incomplete(folder) is None
+    (folder / files.pop(1)).unlink()
+    manifest.write(folder, files, {"step": 3})
+    assert "has 5 of the 10 numbers of row" in str(why_incomplete(folder))
+    files.append(write_rest(folder, 2))  # of another step than the manifest says
+    manifest.write(folder, files, {"step": 3})
+    assert why_incomplete(folder) == "holds step 2"
+    torch.save({"x": Path}, folder / files[-1])
+    manifest.write(folder, files, {"step": 3})
+    assert "only their code could read" in str(why_incomplete(folder))

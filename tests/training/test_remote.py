@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmfusion.training import checkpoint
+from mmfusion.training import checkpoint, manifest, sharded
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.remote import RemoteCopy
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.sharded import Share
 from tests.training.tiny import fit, losses, refused, write_recipe
 
 STEPS = 12
@@ -132,3 +133,51 @@ def test_a_place_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
 def test_a_kind_of_place_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.remote is nowhere://x"):
         RemoteCopy("nowhere://x")
+
+
+def test_a_damaged_copy_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remote = tmp_path / "far"
+    path = recipe(tmp_path, remote=f"file://{remote}", keep_last=3)
+    run = fit(path)
+    newest = remote / "step-00000012.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    back = tmp_path / "back"
+    found = RemoteCopy(f"file://{remote}").fetch_newest(back)
+    assert found == back / "step-00000010.ckpt"
+    assert "not resuming from step-00000012.ckpt" in caplog.text
+    assert names(back) == [found.name]
+    for copy in remote.iterdir():
+        copy.write_bytes(b"torn")
+    run.path.rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match="none of the 3 checkpoints in file://"):
+        RemoteCopy(f"file://{remote}").fetch_newest(tmp_path / "nothing")
+    assert names(tmp_path / "nothing") == []
+
+
+def test_another_runs_copies_are_not_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where all trials of a sweep have one place."""
+    path = recipe(tmp_path, remote=f"file://{tmp_path}/far")
+    fit(path)
+    other = (f"--run_dir={tmp_path}/other", "--data.seed=5")
+    said = refused(capsys, path, *other)
+    assert "holds checkpoints of another recipe" in said
+    assert names(tmp_path / "other" / "checkpoints") == []
+    assert not (tmp_path / "other" / "metrics.csv").exists()
+
+
+def test_a_step_of_a_run_before_is_replaced(tmp_path: Path) -> None:
+    far = RemoteCopy(f"file://{tmp_path}/far")
+    for name, seed in (("one", 1), ("two", 2)):
+        torch.manual_seed(seed)
+        files, file = AtomicCheckpointIO(), tmp_path / name / "step-00000002.ckpt"
+        files.save_checkpoint({"weights": torch.rand(50_000)}, file)
+        folder = file.with_suffix("")
+        part = Share("row", 0, torch.rand(9))
+        manifest.write(folder, [sharded.write(folder, 0, [part])], {"step": 2})
+        far = RemoteCopy(f"file://{tmp_path}/far")  # of another start
+        far.take([file, folder])
+    for name in ("step-00000002.ckpt", "step-00000002/rank-00000.safetensors"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert manifest.verify(tmp_path / "far" / "step-00000002") is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from mmfusion.training.checkpoint import REQUIRED_KEYS, AtomicCheckpointIO
 from mmfusion.training.sharded import PLACES, Part, Share, Shares, joined, read, split, write
 
 WEIGHT = torch.arange(35.0).reshape(7, 5)
@@ -85,3 +88,19 @@ def test_files_of_others_are_refused(tmp_path: Path, places):
     name.write_bytes(b"\x80\x04K\x01.")  # a pickle
     with pytest.raises(ValueError, match="holds no shares of a checkpoint"):
         Shares(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path: Path):
+    """Which the other ranks are told; here the disk is full after 100 bytes."""
+    given = {**dict.fromkeys(REQUIRED_KEYS), **checkpoint()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="rank-00001") as one:
+            AtomicCheckpointIO().save_shards(given, tmp_path / "a", 1, 2)
+        rest = {**given, "state_dict": {}, "optimizer_states": [{"state": {}, "param_groups": []}]}
+        with pytest.raises(OSError, match=r"rest\.ckpt") as two:
+            AtomicCheckpointIO().save_shards(rest, tmp_path / "b", 0, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one.value.errno == two.value.errno == errno.EFBIG

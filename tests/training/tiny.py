@@ -24,7 +24,9 @@ from mmfusion.models.projectors.base import Projector
 from mmfusion.objectives.base import Loss
 from mmfusion.objectives.next_token import NextToken
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
+from mmfusion.training.checkpoint import REQUIRED_KEYS
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.sharded import REST
 from mmfusion.types import Batch, Media, Message, ModelOutput, Sample, Text
 from tests.models.tiny import save_llm
 
@@ -269,6 +271,13 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> 
         main(["fit", "-c", str(recipe), *options])
     assert stop.value.code == 1
     return capsys.readouterr().err
+
+
+def write_rest(folder: Path, step: int, shapes: Mapping[str, Any] | None = None) -> str:
+    """``rest.ckpt`` of a checkpoint in shards that holds next to nothing; its name."""
+    rest = dict.fromkeys(REQUIRED_KEYS, 0) | {"state_dict": {}, "callbacks": {}}
+    torch.save({**rest, "global_step": step, "shapes": dict(shapes or {})}, folder / REST)
+    return REST
 
 
 def losses(run: RunDirectory, attempt: int | None = None) -> dict[int, str]:

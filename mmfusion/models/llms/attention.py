@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mmfusion.models.llms.sequence import SequenceShare
+
 NAME = "varlen"
 SHORT = 256
 """Up to this length plain products beat torch's CPU kernel, whose backward pass is slow on short
@@ -40,22 +42,61 @@ def varlen_sdpa(
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sequence_share: SequenceShare | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of (B, H, T, E) queries to (B, G, T, E) keys inside each span of ``cu_seq_lens_q``.
 
+    With ``sequence_share`` T is this rank's part of a row that several ranks share.
+
     Returns:
         (B, T, H, E) and no attention weights.
     """
+    heads, keys = query.shape[1], key.shape[1]
+    if sequence_share is not None:
+        query, key, value = sequence_share.by_heads(query, key, value)
+    output = _attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling,
+        dropout,
+        cu_seq_lens_q,
+        sliding_window,
+        softcap,
+        **kwargs,
+    )
+    if sequence_share is not None:
+        output = sequence_share.by_tokens(output, heads, keys)
+    return output, None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    cu_seq_lens_q: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """(B, T, H, E)."""
     if cu_seq_lens_q is None and softcap:
         if (mask := attention_mask) is None:
             mask = _mask(key.shape[2], None, query.device)[-query.shape[2] :]
         output = _products(query, key, value, mask, scaling, dropout, softcap)
-        return output.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous()
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
+        output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return output
     if unknown := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(
             f"{type(module).__name__} passes {unknown} to its attention, which packed attention "
@@ -73,12 +114,12 @@ def varlen_sdpa(
         return output.transpose(1, 2)
 
     if len(lengths) == 1:
-        return attend(query, key, value).contiguous(), None
+        return attend(query, key, value).contiguous()
     outputs, groups = [], _groups(lengths, query.device)
     for places_SL, valid in groups.spans:
         spans = (tensor[0][:, places_SL].transpose(0, 1) for tensor in (query, key, value))
         outputs.append(attend(*spans).flatten(0, 1)[valid])
-    return torch.cat(outputs)[groups.order][None], None
+    return torch.cat(outputs)[groups.order][None]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from mmfusion.models.llms.sequence import SequenceShare
 from mmfusion.processing.limits import Limits
 
 
@@ -67,13 +68,25 @@ class LLM(nn.Module, ABC):
         position_ids: Tensor,
         cu_seqlens: Tensor | None,
         layers: Sequence[int] = (-1,),
+        share: SequenceShare | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states (B, T, D) of chosen layers: -1 as :meth:`forward` gives them, 0 the
         embeddings, k the k-th layer's.
 
+        Args:
+            embeds: (B, T, D).
+            position_ids: (B, T).
+            cu_seqlens: borders of the samples.
+            layers: those that are read.
+            share: set where T is this rank's part of the row whose borders are in ``cu_seqlens``.
+
         Raises:
-            ValueError: for layers the model does not give.
+            ValueError: for layers the model does not give, and where it takes no part of a row.
         """
+        if share is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot run on a part of a row; leave sequence_parallel out."
+            )
         if odd := set(layers) - {-1, 0}:
             raise ValueError(
                 f"{type(self).__name__} gives no hidden states of layers {sorted(odd)}; use -1."
@@ -97,6 +110,16 @@ class LLM(nn.Module, ABC):
     def layers(self) -> Sequence[nn.Module]:
         """What is repeated, once it is built: compiled one by one, and divided among ranks."""
         return [self]
+
+    def tensor_plan(self, size: int) -> Mapping[str, str]:
+        """How modules of :attr:`layers` are divided among ``size`` ranks that compute each token
+        together: by name in the layer, in transformers' words (``colwise``, ``rowwise``). Empty
+        where the family has no such plan. Once it is built.
+
+        Raises:
+            ValueError: where its heads cannot be divided so.
+        """
+        return {}
 
     def compile_layers(self) -> None:
         """Compile what is repeated (torch.compile), for any number of tokens."""

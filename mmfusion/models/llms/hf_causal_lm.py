@@ -5,7 +5,7 @@ OPT and others, from the hub, a folder or a GGUF file.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from mmfusion.models import quantised
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.base import LLM
+from mmfusion.models.llms.sequence import SequenceShare
 from mmfusion.models.loading import checked_path, fetching, reading, refuse_missing
 from mmfusion.processing.limits import Limits
 
@@ -212,6 +213,7 @@ class HFCausalLM(LLM):
         position_ids: Tensor,
         cu_seqlens: Tensor | None,
         layers: Sequence[int] = (-1,),
+        share: SequenceShare | None = None,
     ) -> dict[int, Tensor]:
         # use_cache: with a cache HF stops keeping packed samples apart, without a word.
         output = self.model.base_model(
@@ -219,7 +221,7 @@ class HFCausalLM(LLM):
             position_ids=position_ids,
             use_cache=False,
             output_hidden_states=any(layer != -1 for layer in layers),
-            **self._borders(embeds, cu_seqlens),
+            **self._borders(embeds, cu_seqlens, share),
         )
         found = {}
         for layer in layers:
@@ -234,18 +236,32 @@ class HFCausalLM(LLM):
                 )
         return found
 
-    def _borders(self, embeds: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    def _borders(
+        self, embeds: Tensor, cu_seqlens: Tensor | None, share: SequenceShare | None
+    ) -> dict[str, Any]:
         """What tells the attention where samples begin. Rows padded on the right need nothing but
         causality.
         """
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        if share is not None and (odd := kinds - {"full_attention", "sliding_attention"}):
+            raise ValueError(
+                f"sequence_parallel: {self.path} has layers of {sorted(odd)}, which mix tokens "
+                "outside attention, or attend in another way; leave sequence_parallel out."
+            )
         if self.model.config._attn_implementation == varlen.NAME:
             if cu_seqlens is None:
                 cu_seqlens = torch.tensor([0, embeds.shape[1]])
             # Four dimensions: HF takes such a mask as it is and builds none of size T x T.
-            return {
+            given = {
                 "cu_seq_lens_q": cu_seqlens.cpu(),
                 "attention_mask": embeds.new_zeros(1, 1, 1, 1),
             }
+            return given if share is None else {**given, "sequence_share": share}
+        if share is not None:
+            raise ValueError(
+                f"sequence_parallel needs model.llm.init_args.attention: varlen_sdpa, got "
+                f"{self.attention} (here {self.model.config._attn_implementation})."
+            )
         if cu_seqlens is None:
             return {}
         longest = int(cu_seqlens.diff().max())
@@ -261,6 +277,18 @@ class HFCausalLM(LLM):
     def layers(self) -> Sequence[nn.Module]:
         modules = self.model.base_model.modules()
         return list(next(m for m in modules if isinstance(m, nn.ModuleList)))
+
+    def tensor_plan(self, size: int) -> Mapping[str, str]:
+        config = self.model.config.get_text_config()
+        plan = getattr(config, "base_model_tp_plan", None) or {}
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if plan and heads % size:
+            raise ValueError(
+                f"tensor_parallel is {size}, which does not divide the {heads} key/value heads of "
+                f"{self.path}."
+            )
+        parts = (name.partition(".*.") for name in plan)
+        return {inner: plan[outer + dots + inner] for outer, dots, inner in parts if dots}
 
     @property
     def head(self) -> nn.Module:

@@ -93,8 +93,10 @@ def _slurm(number: str) -> str:
 
 def _process(number: int) -> str:
     try:
-        if os.waitpid(number, os.WNOHANG) != (0, 0):
-            return "COMPLETED"
+        pid, status = os.waitpid(number, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            return f"FAILED (code {code})" if code else "COMPLETED"
     except ChildProcessError:  # of another process
         try:
             os.kill(number, 0)

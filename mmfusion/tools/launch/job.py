@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmfusion.tools.launch.site import Site
+from mmfusion.training.secrets import hide_secrets
 
 
 @dataclass
@@ -35,6 +36,23 @@ class Job:
     failures: int = 3
     rendezvous: str | None = None
     site: Site = field(default_factory=Site)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be in a script, nor may be in one that is kept.
+
+        Raises:
+            ValueError: for a key, token or password among the overrides, and for a line's end in a
+                path.
+        """
+        for override in self.overrides:
+            key, _, value = override.partition("=")
+            if hide_secrets({(name := key.rpartition(".")[2].lstrip("-")): value})[name] != value:
+                raise ValueError(
+                    f"{key}: a key, token or password would be written to {self.run_dir}; give it "
+                    "by an environment variable (HF_TOKEN, WANDB_API_KEY) instead."
+                )
+        if odd := [x for x in (self.run_dir, self.time) if not x.isprintable()]:
+            raise ValueError(f"{odd[0]!r} cannot be in a script; expected one line of letters.")
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mmfusion.data.whole_file import write_whole
@@ -56,7 +57,7 @@ def launch(
         recipe: YAML file. More of them by ``-c FILE``, later ones change earlier ones.
         on: where: ``local`` in the background of this machine, ``torchrun`` (the same line on each
             machine), ``slurm`` or ``k8s``.
-        run_dir: of the run (default: runs/<recipe's name>); all machines must see it.
+        run_dir: of the run (default: the recipe's, else runs/<its name>); all machines must see it.
         nodes: machines. ``1:2`` goes on with one where the other is lost (torchrun).
         gpus: of each machine, a process each; 0: one process without.
         time: that a job of Slurm may take at once, ``HOURS:MINUTES:SECONDS``.
@@ -72,11 +73,11 @@ def launch(
     job = Job(
         recipes=[recipe, *others],
         overrides=[x for x in overrides or () if not x.startswith("--config=")],
-        run_dir=expand(run_dir or Path("runs") / Path(recipe).stem),
+        run_dir=expand(run_dir or run_dir_of([recipe, *others])),
         nodes=parse_nodes(nodes, on),
-        gpus=gpus,
+        gpus=int(gpus),  # the parser's own kind of number cannot be written as YAML
         time=time,
-        failures=failures,
+        failures=int(failures),
         rendezvous=rendezvous,
         site=read_site(site, os.environ),
     )
@@ -94,6 +95,19 @@ def launch(
     submit(job, on, text)
     if follow and on != "k8s":
         follow_job(Path(job.run_dir))
+
+
+def run_dir_of(recipes: Sequence[str]) -> str:
+    """As ``mmfusion fit`` would take it: what the last recipe that has one says, else the name of
+    the first.
+    """
+    found = str(Path("runs") / Path(recipes[0]).stem)
+    for path in recipes:
+        if Path(expand(path)).is_file():
+            content = yaml.safe_load(Path(expand(path)).read_text())
+            given = content.get("run_dir") if isinstance(content, dict) else None
+            found = str(given) if given else found
+    return found
 
 
 def parse_nodes(given: str, on: Target) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def slurm_array(
 
 
 def _log(job: Job, name: str) -> str:
-    return f"{Path(job.run_dir).absolute()}/launch/slurm-{name}.log"
+    return _quoted(f"{Path(job.run_dir).absolute()}/launch/slurm-{name}.log")
 
 
 def _slurm(job: Job, more: Mapping[str, str], last: Sequence[str], **variables: str) -> str:
@@ -53,7 +54,7 @@ def _slurm(job: Job, more: Mapping[str, str], last: Sequence[str], **variables: 
         for name, _, value in [line.removeprefix("#SBATCH --").partition("=")]
     }
     options |= {
-        "job-name": job.name,
+        "job-name": _quoted(job.name),
         "nodes": job.nodes[1],
         "ntasks-per-node": job.processes,
         "gpus-per-node": job.gpus or None,
@@ -74,6 +75,13 @@ def _slurm(job: Job, more: Mapping[str, str], last: Sequence[str], **variables: 
     )
     lines = ["#!/bin/bash", *written, end + comment, *given, *last]
     return "\n".join(lines) + "\n" + _alone(body)
+
+
+def _quoted(value: str) -> str:
+    """For a line of options, which Slurm takes apart at blanks and ends at #."""
+    if not re.search(r"[\s\"'\\#]", value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def torchrun(job: Job) -> str:

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mmfusion.paths import expand
-from mmfusion.training.secrets import hide_secrets
+from mmfusion.training.secrets import hide_secrets, is_secret_variable
 
 FILE = "~/.config/mmfusion/site.yaml"
 VARIABLE = "MMFUSION_SITE"
@@ -100,9 +100,15 @@ def read_site(path: str | Path | None, environment: Mapping[str, str]) -> Site:
         site = parser.instantiate(parser.parse_object({"site": content})).site
     except (ArgumentError, yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
-    if secret := [name for name in site.environment if hide_secrets({name: "x"}) != {name: "x"}]:
+    secret = [
+        f"environment.{name}"
+        for name, value in site.environment.items()
+        if is_secret_variable(name) or hide_secrets(str(value)) != str(value)
+    ]
+    secret += [f"setup.{i}" for i, line in enumerate(site.setup) if hide_secrets(line) != line]
+    if secret:
         raise ValueError(
-            f"{file}: environment.{secret[0]} is a key, and would be written into the script of "
+            f"{file}: {secret[0]} is a key, and would be written into the script of "
             "every run. Export it before `mmfusion launch` (Slurm and torchrun hand it on), or "
             "source a file of your own in setup."
         )

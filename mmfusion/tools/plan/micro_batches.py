@@ -53,7 +53,7 @@ def micro_batches(data: MultimodalData, processor: Processor, world: int) -> Giv
     step = 0
     while len(found) < MOST:
         count = data.packs_per_step
-        local = stream.local_step(step, step * count, count, 0, world)
+        local = stream.local_step(step, step * count, count, 0, division.world)
         made = make_micro_batches(local, division, processor, data.pad_rows)
         packs = [len(local.packs[i * size : (i + 1) * size]) for i in range(len(made))]
         pairs = [pair for pair in zip(made, packs, strict=True) if pair[0].samples]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from mmfusion import tuning
 from mmfusion.audit import audit
 from mmfusion.tools.plan.micro_batches import Given, made_up, micro_batches
 from mmfusion.tools.plan.rehearsal import Rehearsal, rehearse
+from mmfusion.tools.plan.sequence import RehearsedGroup
 from mmfusion.tools.plan.sizes import Sizes, sizes
 from mmfusion.training.checkpoint import read_checkpoint, trained_names
 from mmfusion.training.command import RecipeCommand
@@ -98,9 +99,12 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
         if not any(p.requires_grad for p in part.parameters())
     }
     splits = data.micro_batches_per_step(world)
-    seen = rehearse(
-        module, given.batches, str(command.config.trainer.precision), splits > 1, on_gpu
-    )
+    batches, sharing = given.batches, data.ranks_per_pack
+    if sharing > 1:
+        module.model.sequence_group = RehearsedGroup(sharing)
+        batches = [module.own_part(batch) for batch in batches]
+    seen = rehearse(module, batches, str(command.config.trainer.precision), splits > 1, on_gpu)
+    seen = replace(seen, flops={key: sharing * one for key, one in seen.flops.items()})
     steps = _steps(command, given)
     return Planned(found, seen, given, frozen, steps, inherited, notes)
 

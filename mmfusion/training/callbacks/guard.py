@@ -157,7 +157,7 @@ class Guard(L.Callback):
 
     def _leave_out(self, module: MultimodalModule, action: Action, why: str) -> None:
         trainer, step, data = module.trainer, module.global_step, data_of(module.trainer)
-        samples = _named(gather_to_first(module.step_samples))
+        samples = _named([*dict.fromkeys(gather_to_first(module.step_samples))])
         before = [*self.skipped, *(x.until for x in data.state.left_out)]
         recent = 1 + sum(other > step - self.within for other in before)
         if action == "fail" or recent > self.most:

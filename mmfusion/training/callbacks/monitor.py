@@ -27,10 +27,10 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.objectives.base import Loss
+from mmfusion.training.gradients import total_norm
 from mmfusion.types import Batch
 
 
@@ -122,6 +122,10 @@ class Monitor(L.Callback):
             "waited": _scalar(self._waited),
         }
         total = dict(zip(values, _summed(trainer, list(values.values())), strict=True))
+        for name in ("tokens", "places", "samples", *modalities):  # the same on ranks that share
+            total[name] /= data_of(trainer).ranks_per_pack
+        for name in ("supervised", *cast(Any, module).objectives):
+            total[name] /= cast(Any, module).copies
         elapsed = time.perf_counter() - self._since  # after reading the sums: the device is done
         logged: dict[str, float] = {}
         for name in cast(Any, module).objectives:
@@ -153,8 +157,7 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for name, groups in _parts(optimizer).items():
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norms[name] = total_norm(gradients)
     return norms
 
 

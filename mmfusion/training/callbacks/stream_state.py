@@ -190,12 +190,14 @@ class StreamStateCallback(L.Callback):
         """Bring what ranks committed since the last time into every rank's state; rank 0 lists the
         bad samples.
         """
-        mine, everyone = self._pending, [self._pending]
+        everyone = [self._pending]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            assert self._data is not None
             gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, mine)
-            everyone = gathered
-            for other in (x for rank, x in enumerate(everyone) if rank != dist.get_rank()):
+            dist.all_gather_object(gathered, self._pending)
+            everyone = gathered[:: self._data.ranks_per_pack]  # those that share packs say the same
+            own = dist.get_rank() // self._data.ranks_per_pack
+            for other in (x for place, x in enumerate(everyone) if place != own):
                 self._stream.absorb(other.lanes, other.counts)
         self._pending = _Pending()
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -261,7 +263,9 @@ class StreamStateCallback(L.Callback):
         total = trainer.strategy.reduce(
             mine.to(trainer.strategy.root_device, copy=True), reduce_op="sum"
         )
-        all_of = torch.tensor(list(_rows(known).values())) + total.cpu() - mine
+        assert self._data is not None
+        everyone = total.cpu() // self._data.ranks_per_pack
+        all_of = torch.tensor(list(_rows(known).values())) + everyone - mine
         return dict(zip(known, all_of.tolist(), strict=True))
 
     def _log(self, pl_module: L.LightningModule, rows: dict[str, list[int]]) -> None:

@@ -182,7 +182,7 @@ class Validation(L.Callback):
             return
         if self.media_health:
             with precision(trainer):
-                self._health.add(batch, evaluated.conditioning)
+                self._health.add(evaluated.batch, evaluated.conditioning)
         if self.shuffled_gap:
             first = next(iter(losses.values()))
             self._add_gap(trainer, _module(pl_module), first, batch)
@@ -196,6 +196,7 @@ class Validation(L.Callback):
             # Several ranks must run the same graph, also where one has nothing to exchange.
             if not chosen.any() and trainer.world_size == 1:
                 continue
+            shuffled = module.own_part(shuffled)
             with torch.no_grad(), precision(trainer):
                 wrong = objective(module.model, module.model(shuffled), shuffled)
             self._right[modality].update(right, batch.samples, chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import lightning as L
@@ -20,22 +21,29 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mmfusion.training.checkpoint import trained_names
+from mmfusion.training.gradients import clip_by_norm
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
     GatheredCheckpoints,
+    ask_nothing,
+    divide_encoders,
+    divided_encoders,
     frozen_parts,
     on_one,
-    refuse_answers,
     refuse_half,
     refuse_numbers,
     refuse_quantised,
+    repeated,
 )
+from mmfusion.training.strategies.tensor import divide_layers
+from mmfusion.tuning import is_half
 
 
 class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
@@ -46,6 +54,10 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         offload: keep what is divided in the host's memory, and step there.
         reshard: give a layer's weights away after its forward pass, to gather them once more for
             its backward pass; False takes more memory and less communication.
+        divide_encoders: share frozen encoders too, which else every rank holds whole. A rank
+            without media of a modality then runs its encoder all the same.
+        tensor_parallel: neighbouring ranks that compute each layer of the LLM together, on the same
+            packs, by the plan of the LLM's family; what else is divided, is among the others.
         process_group_backend: of torch.distributed (None: NCCL on GPUs, gloo on CPUs).
     """
 
@@ -55,15 +67,19 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         self,
         offload: bool = False,
         reshard: bool = True,
+        divide_encoders: bool = False,
+        tensor_parallel: int = 1,
         process_group_backend: str | None = None,
     ) -> None:
+        if tensor_parallel < 1:
+            raise ValueError(f"FSDP2: tensor_parallel is {tensor_parallel}; expected 1 or more.")
         super().__init__(
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
-        self.offload, self.reshard = offload, reshard
-        self.sharded = False
+        self.offload, self.reshard, self.tensor_parallel = offload, reshard, tensor_parallel
+        self.divide_encoders, self.sharded = divide_encoders, False
 
     @property
     def _module(self) -> MultimodalModule:
@@ -79,16 +95,33 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         # Lightning's own hands the mesh to a module, which has none yet where ranks agree on a
         # checkpoint.
         names = ("data_parallel", "tensor_parallel")
-        shape = (self.world_size, 1)
+        shape = (self.world_size // self.tensor_parallel, self.tensor_parallel)
+        if self.world_size % self.tensor_parallel:
+            raise ValueError(
+                f"FSDP2: tensor_parallel is {self.tensor_parallel}, which does not divide the "
+                f"{self.world_size} processes."
+            )
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        for name in names:  # else torch's own, half an hour
+            _set_pg_timeout(cast(timedelta, self._timeout), self._device_mesh.get_group(name))
 
     # ---- the model
+
+    @property
+    def widens_llm(self) -> bool:
+        """Layer by layer."""
+        return True
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Parts are built as on one process."""
         refuse_quantised(self._module, "FSDP2")
-        refuse_answers(self._module.trainer, "FSDP2")
+        ask_nothing(self._module.trainer, "FSDP2")
+        if self.tensor_parallel > 1 and self.sharded:
+            raise ValueError(
+                "checkpoint.sharded is set with tensor_parallel, whose shares of a weight are not "
+                "contiguous. Leave checkpoint.sharded out."
+            )
         yield
 
     def setup(self, trainer: L.Trainer) -> None:
@@ -105,13 +138,19 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
 
     def _divide(self) -> None:
         module = self._module
-        refuse_half(module)
+        if self.divide_encoders:
+            divide_encoders(module)
         refuse_numbers(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = [[names[p] for p in group["params"]] for group in module.groups]
         whole = [owner.get_submodule(name) for owner, name in frozen_parts(module)]
         for part in whole:
             part.to(self.root_device)
+        if self.tensor_parallel > 1:
+            self.widen(names, names)  # all of it at once
+            divide_layers(module.model.llm, self.device_mesh["tensor_parallel"])
+            # PyTorch's own does not add up what lies on several meshes.
+            cast(Any, self.precision_plugin).clip_grad_by_norm = clip_by_norm
         options: dict[str, Any] = {"mesh": self._mesh}
         if self.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type != "cpu")
@@ -123,13 +162,41 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             cast_forward_inputs=False,
         )
         for layer in module.model.llm.layers:
+            halves = [p for p in layer.parameters() if is_half(p)]
+            self.widen(halves, names)
             fully_shard(layer, reshard_after_forward=self.reshard, mp_policy=layers, **options)
+            for parameter in halves:  # other parameters have their place now
+                parameter.data = parameter.data.new_empty(0)
+        for encoder in divided_encoders(module):
+            for part in [*repeated(encoder), encoder]:
+                fully_shard(part, reshard_after_forward=True, **options)
+        self.widen((p for p in module.parameters() if p in names), names)
+        self._unread = {}
+        refuse_half(module)
         fully_shard(
             module, ignored_params={p for part in whole for p in part.parameters()}, **options
         )
         now = dict(module.named_parameters())
         for group, held in zip(module.groups, groups, strict=True):
             group["params"] = [now[name] for name in held]
+
+    def average_copies(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step, of gradients that the ranks of a group have computed alike: but for
+        rounding, which differs on GPUs, and would drive their weights apart.
+        """
+        held = (p.grad for group in optimizer.param_groups for p in group["params"])
+        copies = [
+            cast(DTensor, gradient).to_local()
+            for gradient in held
+            if gradient is not None and "tensor_parallel" not in _dimensions(gradient)
+        ]
+        if not copies:
+            return
+        flat = torch.cat([copy.flatten() for copy in copies])
+        torch.distributed.all_reduce(flat, group=self.device_mesh.get_group("tensor_parallel"))
+        means = (flat / self.tensor_parallel).split([copy.numel() for copy in copies])
+        for copy, mean in zip(copies, means, strict=True):
+            copy.copy_(mean.view_as(copy))
 
     # ---- a step: one call of the whole module
 
@@ -201,3 +268,8 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         value = value.to(self.root_device)
         share = distribute_tensor(value, mesh, placements, src_data_rank=None)
         return share.to(parameter.device)
+
+
+def _dimensions(tensor: Any) -> tuple[str, ...]:
+    """Names of the mesh that it is divided on."""
+    return tuple(tensor.device_mesh.mesh_dim_names or ())

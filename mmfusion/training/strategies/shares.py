@@ -6,55 +6,78 @@ the same order. Whatever runs more often on one rank than on another stays whole
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.module import MultimodalModule
+from mmfusion.tuning import is_half
+
+ASKED = ("generate_samples", "table_samples", "media_samples")
+"""Of a validation: for how many samples it asks the model."""
 
 
 def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
-    """The largest frozen modules outside the LLM, each as its owner and its name there."""
+    """The largest frozen modules that stay whole, each as its owner and its name there: neither in
+    the LLM nor in an encoder that is divided.
+    """
     found: list[tuple[nn.Module, str]] = []
     open_: list[nn.Module] = [module]
+    left = {module.model.llm, *divided_encoders(module)}
     while open_:
         owner = open_.pop()
         for name, child in owner.named_children():
-            if child is module.model.llm:
+            if child in left:
                 continue
-            if any(p.requires_grad for p in child.parameters()):
+            trains = any(p.requires_grad for p in child.parameters())
+            if trains or left & set(child.modules()):
                 open_.append(child)
             elif any(True for _ in child.parameters()):
                 found.append((owner, name))
     return found
 
 
-def refuse_answers(trainer: L.Trainer, strategy: str) -> None:
-    """Ranks would run the LLM as often as their answers are long, and wait for one another.
+def divided_encoders(module: MultimodalModule) -> list[nn.Module]:
+    """Those whose frozen weights ranks share as they share the LLM's."""
+    return [module.model.encoders[name] for name in sorted(module.model.divided)]
 
-    Raises:
-        ValueError: where a validation asks the model.
+
+def divide_encoders(module: MultimodalModule) -> None:
+    """Have every rank run every encoder, and so share its weights."""
+    module.model.divided = set(module.model.encoders)
+
+
+def repeated(part: nn.Module) -> list[nn.Module]:
+    """The modules of a part that are repeated: what is gathered at a time."""
+    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=len, default=None)
+    return [] if longest is None else list(longest)
+
+
+def ask_nothing(trainer: L.Trainer, strategy: str) -> None:
+    """Validations ask the model nothing, and say so: ranks would run the LLM as often as their
+    answers are long, and wait for one another.
     """
-    asked = {
-        name: value
-        for callback in cast(Any, trainer).callbacks
-        if isinstance(callback, Validation) and data_of(trainer).val_sources
-        for name in ("generate_samples", "table_samples", "media_samples")
-        if (value := getattr(callback.asking, name))
-    }
-    if asked:
-        raise ValueError(
-            f"validation has {asked}, but under {strategy} the LLM cannot generate so far. "
-            "Set these to 0 (mmfusion validate on one process asks a checkpoint), or use "
-            "strategy: deepspeed_2."
-        )
+    for callback in cast(Any, trainer).callbacks:
+        if not (isinstance(callback, Validation) and data_of(trainer).val_sources):
+            continue
+        asked = {name: value for name in ASKED if (value := getattr(callback.asking, name))}
+        if asked:
+            callback.asking = replace(callback.asking, **cast(Any, dict.fromkeys(asked, 0)))
+            rank_zero_warn(
+                f"under {strategy} the LLM cannot generate so far: validations leave out {asked}. "
+                "mmfusion validate --strategy=ddp asks a checkpoint; strategy: deepspeed_2 or ddp "
+                "lets a run be asked while it trains."
+            )
 
 
 def refuse_quantised(module: MultimodalModule, strategy: str) -> None:
@@ -112,6 +135,25 @@ class GatheredCheckpoints(Strategy):
 
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
+    _unread: Mapping[str, Tensor] = {}
+    """Weights of the checkpoint that goes on, by name."""
+
+    @property
+    def widens_llm(self) -> bool:
+        """Whether an LLM that trains whole is made float32 as it is divided (:meth:`widen`)."""
+        return False
+
+    def widen(self, parameters: Iterable[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
+        """Make those float32 that train in half precision, with the checkpoint's values where a run
+        goes on. Called for what is divided next, so that no rank has all of them at once.
+
+        Args:
+            parameters: not divided yet.
+            names: in the module.
+        """
+        for parameter in filter(is_half, parameters):
+            value = self._unread.get(names[parameter], parameter.data)
+            parameter.data = value.to(parameter.device, torch.float32, copy=True)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -125,8 +167,13 @@ class GatheredCheckpoints(Strategy):
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """One weight after the other: where they are in shards, no two of them are read at once."""
+        """One weight after the other: where they are in shards, no two of them are read at once.
+        What is in half precision still waits for :meth:`widen`.
+        """
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict(keep_vars=True)
-        for name, weight in checkpoint["state_dict"].items():
-            own[name].copy_(weight)
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        for name in state:
+            if not is_half(own[name]):
+                own[name].copy_(state[name])
+        self._unread = state if self.widens_llm else {}

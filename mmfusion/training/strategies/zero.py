@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,29 +23,30 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from mmfusion.paths import expand
-from mmfusion.training.checkpoint import trained_names
 from mmfusion.training.module import MultimodalModule
-from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
-    GatheredCheckpoints,
+    ask_nothing,
+    divide_encoders,
+    divided_encoders,
     frozen_parts,
-    on_one,
-    refuse_answers,
     refuse_half,
     refuse_numbers,
     refuse_quantised,
 )
+from mmfusion.training.strategies.zero_checkpoints import ZeROCheckpoints
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
+class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, made to run on CPUs too, with its silent faults repaired.
 
     Args:
         stage: 1 divides optimizer state among the ranks, 2 gradients too, 3 the LLM's weights too.
         offload: keep the optimizer's state, and in stage 3 what is divided of the LLM, in the
-            host's memory (``cpu``) or on disks (``nvme``); the step is made there.
+            host's memory (``cpu``) or, in stage 3, on disks (``nvme``); the step is made there.
+        divide_encoders: in stage 3, share frozen encoders too, which else every rank holds whole. A
+            rank without media of a modality then runs its encoder all the same.
         nvme_path: folder on the disks for ``nvme``.
         config: fields of DeepSpeed's configuration, laid over what this strategy sets; or the path
             of a JSON file with such.
@@ -58,6 +60,7 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         offload: Literal["cpu", "nvme"] | None = None,
         nvme_path: str | None = None,
+        divide_encoders: bool = False,
         config: dict[str, Any] | str | None = None,
         process_group_backend: str | None = None,
     ) -> None:
@@ -68,6 +71,13 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
                 f"ZeRO: offload is {offload}, nvme_path {nvme_path}; give a folder with nvme, and "
                 "none without."
             )
+        if offload == "nvme" and stage != 3:
+            raise ValueError(
+                f"ZeRO: offload is nvme and the stage {stage}, where DeepSpeed would take the "
+                "host's memory without a word. Set stage: 3, or offload: cpu."
+            )
+        if divide_encoders and stage != 3:
+            raise ValueError(f"ZeRO: divide_encoders is for stage 3, and the stage is {stage}.")
         # Its batch size counts samples a second in logs; "auto" opens the data for it.
         super().__init__(
             stage=stage,
@@ -81,10 +91,14 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
             process_group_backend=process_group_backend,
         )
         self.stage, self.offload, self.sharded = stage, offload, False
+        self.divide_encoders = divide_encoders
         own = cast(dict[str, Any], self.config)
         own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
         _lay_over(own, _fields(config))
-        if own["zero_optimization"]["stage"] != stage:
+        for name in ("zero_optimization", "fp16", "bf16", "torch_autocast"):
+            if not isinstance(own.get(name, {}), dict):
+                raise ValueError(f"ZeRO: config.{name} is {own[name]!r}; expected its fields.")
+        if own["zero_optimization"].get("stage") != stage:
             raise ValueError("ZeRO: give the stage as stage, not in config.zero_optimization.")
         for name in ("fp16", "bf16", "torch_autocast"):
             if own.get(name, {}).get("enabled"):
@@ -96,10 +110,6 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
     @property
     def _on_cpu(self) -> bool:
         return self.root_device.type == "cpu"
-
-    @property
-    def _module(self) -> MultimodalModule:
-        return cast(MultimodalModule, self.lightning_module)
 
     # ---- processes
 
@@ -138,6 +148,11 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
 
     # ---- the model
 
+    @property
+    def widens_llm(self) -> bool:
+        """In stage 3, weight by weight."""
+        return self.stage == 3
+
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Parts are built whole: under ``zero.Init`` what is initialised in place, and what PEFT
@@ -146,7 +161,7 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
         self._init_config_if_needed()
         if self.stage == 3:
             refuse_quantised(self._module, "ZeRO stage 3")
-            refuse_answers(self._module.trainer, "ZeRO stage 3")
+            ask_nothing(self._module.trainer, "ZeRO stage 3")
         yield
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -160,17 +175,19 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
     ) -> tuple[Any, Any]:
         import deepspeed
 
+        if self.divide_encoders:
+            divide_encoders(self._module)
         whole = whole_modules(self._module)
         own = [(h, set(h)) for m in whole for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._frozen = frozen_parts(self._module)
         for owner, name in self._frozen:
             owner.get_submodule(name).to(self.root_device)
         with _left_out(self._frozen):
-            refuse_half(self._module)
             refuse_numbers(model)
             if self.stage == 3:
                 self._divide()
                 model.to(self.root_device)
+            refuse_half(self._module)
             engine, optimizer, _, _ = deepspeed.initialize(
                 config=self.config,
                 model=model,
@@ -201,9 +218,13 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
 
         options = {"config_dict_or_path": self.config, "remote_device": self.offload}
         init = deepspeed.zero.Init(nn.Module(), **options)
-        for parameter in self._module.model.llm.parameters():
+        shared = [self._module.model.llm, *divided_encoders(self._module)]
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        for parameter in chain(*(part.parameters() for part in shared)):
+            self.widen([parameter], names)
             parameter.data = parameter.data.to(self.root_device, copy=True)
             init._convert_to_zero_parameters([parameter])
+        self._unread = {}
 
     def _gather_whole(self) -> None:
         if self._whole:
@@ -261,102 +282,6 @@ class ZeRO(GatheredCheckpoints, DeepSpeedStrategy):
         """Of all gradients of the last step, before clipping."""
         return float(self.deepspeed_engine.get_global_grad_norm() or 0.0)
 
-    # ---- checkpoints: the same files as without ZeRO, by rank 0
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, gathered; every rank must call it."""
-        import deepspeed
-
-        state, kept = self._module.state_dict(keep_vars=True), {}
-        for name in sorted((trained_names(self._module) | self._module.inherited) & set(state)):
-            if self.sharded:
-                kept[name] = self._held(state[name])
-                continue
-            away = [p for p in [state[name]] if p.numel() == 0]  # not those that are kept whole
-            with deepspeed.zero.GatheredParameters(away):
-                kept[name] = on_one(state[name], self.is_global_zero)
-        return kept
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """As the optimizer by itself would give it, gathered; every rank must call it."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        self._link_states()
-        inner, groups = optimizer.optimizer, []
-        state: dict[int, dict[str, Tensor | Part]] = {}
-        one: dict[str, Tensor] = next(iter(inner.state.values()), {})
-        for group, options in zip(self._module.groups, inner.param_groups, strict=True):
-            first = len(state)
-            for parameter in group["params"]:
-                state[len(state)] = {
-                    key: value.clone()
-                    if key == "step"
-                    else self._held_state(parameter, key)
-                    if self.sharded
-                    else on_one(safe_get_full_optimizer_state(parameter, key), self.is_global_zero)
-                    for key, value in one.items()
-                }
-            groups.append({**options, "params": [*range(first, len(state))]})
-        return {"state": state, "param_groups": groups}
-
-    def _held(self, weight: Any) -> Tensor | Part:
-        """Of a weight, what this rank has."""
-        if weight.numel() or not hasattr(weight, "ds_id"):
-            return cast(Tensor, weight.detach())
-        share = weight.ds_tensor
-        return Part(tuple(weight.ds_shape), self.global_rank * share.numel(), share.detach())
-
-    def _held_state(self, parameter: Any, key: str) -> Part:
-        """Of the optimizer's state of a weight, what this rank has."""
-        if self.stage == 3:
-            from deepspeed.utils import safe_get_local_optimizer_state
-
-            share = safe_get_local_optimizer_state(parameter, key)
-            return Part(tuple(parameter.ds_shape), self.global_rank * share.numel(), share)
-        shape, mapping = tuple(parameter.shape), parameter._hp_mapping
-        if mapping is None:
-            return Part(shape, 0, parameter.new_empty(0, dtype=torch.float32))
-        start = mapping.lp_fragment_address.start
-        return Part(shape, start, mapping.get_optim_state_fragment(key))
-
-    def _link_states(self) -> None:
-        """To their parameters; stages 1 and 2 do so by themselves for the first group alone."""
-        if self.stage < 3:
-            optimizer = self.deepspeed_engine.optimizer
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its share; every rank must call it."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        saved = checkpoint["optimizer_states"][0]["state"]
-        optimizer = self.deepspeed_engine.optimizer
-        three = "fp32_partitioned_groups_flat"
-        shares = three if self.stage == 3 else "single_partition_of_fp32_groups"
-        for share in getattr(optimizer, shares):  # DeepSpeed makes these in the first step
-            optimizer.state[share] = {
-                key: value.clone() if key == "step" else torch.zeros_like(share)
-                for key, value in saved[0].items()
-            }
-        self._link_states()
-        parameters = [p for group in self._module.groups for p in group["params"]]
-        for place, parameter in enumerate(parameters):
-            for key, value in saved[place].items():
-                if key == "step":
-                    continue
-                if self.stage == 3:  # DeepSpeed's own division fails where the last share is padded
-                    share = self._share(value, parameter)
-                    safe_set_local_optimizer_state(parameter, share, key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
-
-    def _share(self, value: Tensor, parameter: Any) -> Tensor:
-        """This rank's part of what belongs to a parameter, padded as DeepSpeed pads it."""
-        size = parameter.ds_tensor.numel()
-        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-        return padded[self.global_rank * size :][:size]
-
 
 class _Precision(DeepSpeedPrecision):
     """Parts and batches stay as they are: each part has its own precision, and batches hold values
@@ -394,11 +319,13 @@ def _lay_over(own: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def whole_modules(module: MultimodalModule) -> list[nn.Module]:
-    """Modules whose own weights every rank holds: all but the LLM's, and the LLM's output head,
-    which the loss runs once for each chunk of a rank's supervised tokens.
+    """Modules whose own weights every rank holds: all but the LLM's and those of encoders that are
+    divided; and the LLM's output head, which the loss runs once for each chunk of a rank's
+    supervised tokens.
     """
-    llm = set(module.model.llm.modules()) - set(module.model.llm.head.modules())
-    return [part for part in module.modules() if part not in llm and part is not module]
+    shared = set(module.model.llm.modules()) - set(module.model.llm.head.modules())
+    shared |= set(chain(*(part.modules() for part in divided_encoders(module))))
+    return [part for part in module.modules() if part not in shared and part is not module]
 
 
 @contextmanager

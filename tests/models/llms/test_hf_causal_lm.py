@@ -386,7 +386,7 @@ def test_attention_that_ignores_the_borders_is_refused(
     monkeypatch.setattr(
         type(llm),
         "_borders",
-        lambda self, embeds, cu: {} if cu is None else {"cu_seq_lens_q": everything},
+        lambda self, embeds, cu, share: {} if cu is None else {"cu_seq_lens_q": everything},
     )
     with pytest.raises(ValueError, match="packed samples see each other"):
         llm.build()

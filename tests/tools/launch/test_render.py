@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
+from mmfusion.cli import main
 from mmfusion.tools.launch.job import Job
 from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.main import RENDER
@@ -135,3 +136,60 @@ def test_a_site_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"environment\.WANDB_API_KEY is a key") as refused:
         read_site(str(file), {})
     assert "abcd" not in str(refused.value)
+    file.write_text("environment: {GITHUB_TOKEN: abcd}")
+    with pytest.raises(ValueError, match=r"environment\.GITHUB_TOKEN is a key"):
+        read_site(str(file), {})
+    file.write_text(f"setup: [export X=hf_{'a' * 30}]")
+    with pytest.raises(ValueError, match=r"setup\.0 is a key"):
+        read_site(str(file), {})
+
+
+def test_keys_are_not_written_into_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "0123456789")
+    for override in ("--a.token=abc", f"--a.b=hf_{'a' * 30}", "--x=0123456789"):
+        with pytest.raises(ValueError, match="would be written to /shared/runs/My_run") as refused:
+            job(overrides=[override])
+        assert override.partition("=")[2] not in str(refused.value)
+
+
+def test_options_of_slurm_hold_a_path_with_blanks() -> None:
+    lines = slurm(job(run_dir='/shared/it\'s "my"/a#1')).splitlines()
+    assert '#SBATCH --job-name="a#1"' in lines
+    assert r'''#SBATCH --output="/shared/it's \"my\"/a#1/launch/slurm-%j.log"''' in lines
+    with pytest.raises(ValueError, match="cannot be in a script"):
+        job(run_dir="runs/a\nrm -rf x")
+
+
+@pytest.mark.parametrize("kind", ["TrainJob", "Job"])
+def test_numbers_of_the_command_line_are_in_what_is_rendered(tmp_path, capsys, kind):
+    """The parser's own kinds of numbers are none that YAML knows."""
+    recipe, site = tmp_path / "recipe.yaml", tmp_path / "site.yaml"
+    recipe.write_text("trainer: {max_steps: 1}\n")
+    site.write_text(f"kubernetes: {{kind: {kind}, image: i, namespace: n}}\n")
+    main(["launch", str(recipe), "--on=k8s", "--gpus=8", "--nodes=2", "--failures=5",
+          f"--site={site}", "--dry_run"])  # fmt: skip
+    assert "8" in str(list(yaml.safe_load_all(capsys.readouterr().out)))
+
+
+def test_a_run_is_where_its_recipes_say(tmp_path, capsys):
+    recipes = [tmp_path / name for name in ("parts.yaml", "stage.yaml", "more.yaml")]
+    contents = ("a: 1", "run_dir: '/shared/runs/stage'", "b: 2")
+    for recipe, content in zip(recipes, contents, strict=True):
+        recipe.write_text(content + "\n")
+    first, *others = map(str, recipes)
+    main(["launch", first, "-c", others[0], "-c", others[1], "--on=slurm", "--dry_run"])
+    assert "export RUN_DIR=/shared/runs/stage\n" in capsys.readouterr().out
+    main(["launch", first, "-c", others[1], "--on=slurm", "--dry_run"])
+    assert "export RUN_DIR=runs/parts\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
+def test_files_by_hand_find_the_run_of_their_recipes(tmp_path, name):
+    line = [x for x in (ROOT / "launch" / name).read_text().splitlines() if x.startswith("run=")]
+    (tmp_path / "a.yaml").write_text("trainer: {}\n")
+    (tmp_path / "b.yaml").write_text('run_dir: "runs/of b"\n')
+    script = "\n".join(["recipe=$1", *line, 'echo "$run"'])
+    for given, found in ((["a.yaml"], "runs/a"), (["a.yaml", "-c", "b.yaml"], "runs/of b")):
+        command = ["bash", "-c", script, "_", *given, "--trainer.max_steps=3"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{found}\n"

@@ -118,6 +118,15 @@ def test_gradient_checkpointing_trades_activations_for_work(tmp_path):
     assert again.seen.work(BACKWARD) == plain.seen.work(BACKWARD)
 
 
+def test_ranks_that_share_packs_keep_a_part_each_and_compute_as_much(tmp_path):
+    path = write_recipe(tmp_path, data__packs_per_step=1, data__pack_tokens=256)
+    alone, shared = planned(path), planned(path, "--sequence_parallel=2", world=2)
+    part = shared.seen.by_part["llm"] / alone.seen.by_part["llm"]
+    assert 0.4 < part < 0.6
+    assert shared.seen.work(FORWARD) == pytest.approx(alone.seen.work(FORWARD), rel=0.05)
+    assert shared.seen.work(BACKWARD) == pytest.approx(alone.seen.work(BACKWARD), rel=0.05)
+
+
 def test_accumulated_gradients_stay(tmp_path):
     path = write_recipe(tmp_path)
     one = planned(path, "--data.packs_per_step=2")
