@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -62,7 +62,7 @@ class Policy(ABC):
     @abstractmethod
     def attach(self, name: str, part: nn.Module) -> Named:
         """Add what the policy needs to the part, and give the parameters that train, by their name
-        in the part.
+        in the part, in the part's precision (:func:`widen`).
 
         Raises:
             TuningError: where the policy finds nothing to act on.
@@ -256,8 +256,8 @@ def apply(
             owners[parameter] = label
             parameter.requires_grad_(True)
             later = isinstance(policy, Full) and name == "llm" and not widen_llm
-            if is_half(parameter) and not later:
-                parameter.data = parameter.data.float()
+            if not later:
+                widen([parameter])
         groups += _groups(label, name, policy, list(parameters.values()))
     model.train(model.training)  # frozen encoders go back to evaluation mode
     return groups
@@ -362,6 +362,12 @@ def new_token_ids(part: nn.Module) -> list[int]:
 def parameters_with(text: str, part: nn.Module) -> Named:
     """Parameters of the part with ``text`` in their names."""
     return {name: p for name, p in part.named_parameters() if text in name}
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Make those float32 that train in half precision."""
+    for parameter in filter(is_half, parameters):
+        parameter.data = parameter.data.float()
 
 
 def is_half(parameter: nn.Parameter) -> bool:

@@ -27,7 +27,7 @@ from mmfusion.objectives.condition_alignment import ConditionAlignment
 from mmfusion.objectives.denoising import Denoising
 from mmfusion.processing.stored import item_file, read_header, read_item
 from mmfusion.training.stored_shapes import misfit, shapes_of
-from mmfusion.tuning import Full, LoRA, Policy
+from mmfusion.tuning import Full, LoRA, Policy, widen
 from mmfusion.types import Conditioning, MediaTensors, TargetBatch
 from tests.models.generators.families import (
     Family,
@@ -231,6 +231,7 @@ def test_a_denoiser_in_half_precision_trains_and_is_sampled(case: Case, kind: ty
     trained = kind(1e-3).attach("denoiser", half.denoiser)
     for parameter in trained.values():
         parameter.requires_grad_()
+    widen(trained.values())
     loss = half.denoising_loss(case.latents(), case.conditioning(), KEYS)
     torch.testing.assert_close(loss, frozen, rtol=0.05, atol=0.02)
     loss.sum().backward()

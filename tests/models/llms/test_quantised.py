@@ -18,7 +18,7 @@ from mmfusion.models import quantised
 from mmfusion.models.llms import attention as varlen
 from mmfusion.models.llms.hf_causal_lm import HFCausalLM
 from mmfusion.training.checkpoint import load_kept
-from mmfusion.tuning import Full, LoRA, NewTokens, TuningError
+from mmfusion.tuning import Full, LoRA, NewTokens, TuningError, widen
 from tests.models.tiny import save_llm
 
 KINDS = ("nf4", "int8")
@@ -104,6 +104,9 @@ def test_losses_and_gradients_are_those_of_transformers_and_peft(
     llm = built(path, quantization=kind, dtype=dtype, gradient_checkpointing=True)
     llm.requires_grad_(False)
     adapters = LoRA(lr=1e-2, r=4, alpha=8).attach("llm", llm)
+    for parameter in adapters.values():
+        parameter.requires_grad_(True)
+    widen(adapters.values())
     wanted = Linear4bit if kind == "nf4" else Linear8bitLt
     wraps = [type(module) for name, module in llm.named_modules() if hasattr(module, "lora_A")]
     assert wraps == [wanted] * 14
@@ -137,7 +140,6 @@ def test_losses_and_gradients_are_those_of_transformers_and_peft(
     own = dict(reference.named_parameters())
     torch.manual_seed(0)
     for name, parameter in adapters.items():
-        parameter.requires_grad_(True)
         parameter.data = 0.1 * torch.randn_like(parameter)  # also lora_B, which starts at zero
         own["base_model." + name].data = parameter.data.clone()
     ours = torch.optim.AdamW(adapters.values(), lr=1e-2)
