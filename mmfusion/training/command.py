@@ -329,16 +329,20 @@ class RecipeCommand(LightningCLI):
             return self._back.start
         remote = self._one(RunCheckpoint).remote
         wanted = self.config.resume in ("auto", "must") and not by_step(run.checkpoints)
-        if remote and wanted and (path := remote.fetch_newest(run.checkpoints)):
-            self._check_fetched(path, remote.url)
-            log.info(f"{path} was fetched from {remote.url}")
+        if remote and wanted:
+            run.path.mkdir(parents=True, exist_ok=True)
+            with run.held():
+                if path := remote.fetch_newest(run.checkpoints):
+                    self._check_fetched(path, remote.url)
+                    run.adopt(remote.run_id())
+                    log.info(f"{path} was fetched from {remote.url}")
         return find(run.path, self.config.resume)
 
     def _check_fetched(self, path: Path, url: str) -> None:
         """Refuse another run's: there is no ``config.yaml`` yet to compare the recipe with."""
         made, here = manifest.read(path), fingerprint(self.recipe())
         there = made.about.get("recipe", here) if made else here
-        if self.name != "fit" or there == here or self.config.allow_recipe_change:
+        if there == here or self.config.allow_recipe_change:
             return
         remove(path)
         raise ValueError(

@@ -1,10 +1,16 @@
-"""Checkpoints in another place as well: an object store, another disk."""
+"""Checkpoints in another place as well: an object store, another disk.
+
+``run.json`` there names the run they are of, and the start of it that writes: two runs, or two
+starts of one, never overwrite each other.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import posixpath
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,12 @@ PART_NAME = re.compile(r"\.step-\d+\.ckpt\.part")
 """Of a copy that is being made."""
 TAIL = 1 << 16
 """So many bytes at the end of a file tell it from others."""
+OWNER = "run.json"
 log = logging.getLogger(__name__)
+
+
+class AnotherRunsError(ValueError):
+    """A place that holds another run's checkpoints."""
 
 
 class RemoteCopy:
@@ -36,17 +47,65 @@ class RemoteCopy:
         self.url = url
         self._known: set[str] = set()
         """Names of those that are there as they are here."""
+        self._own: dict[str, str] = {}
         try:
             self._files, self._folder = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"checkpoint.remote is {url}: {error}") from error
 
+    def run_id(self) -> str | None:
+        """Of the run whose checkpoints are there; None where none has been."""
+        return self._owner().get("id")
+
+    def claim(self, run_id: str) -> None:
+        """Take the place for a start of a run, from the one before. Where it cannot be reached,
+        that is told, and tried again with the first copy.
+
+        Raises:
+            AnotherRunsError: where the checkpoints there are another run's.
+        """
+        self._own = {"id": run_id, "start": secrets.token_hex(4)}
+        try:
+            self._take_place()
+        except AnotherRunsError:
+            raise
+        except Exception as error:  # of any package behind fsspec
+            log.warning(
+                "%s cannot be written so far: %s: %s", self.url, type(error).__name__, error
+            )
+
+    def _take_place(self) -> None:
+        there = self.run_id()
+        if there not in (None, self._own["id"]):
+            raise AnotherRunsError(
+                f"checkpoint.remote {self.url} holds checkpoints of run {there}, and this is run "
+                f"{self._own['id']}. Give each run a place of its own, or empty that one."
+            )
+        self._files.makedirs(self._folder, exist_ok=True)
+        self._files.pipe_file(self._at(OWNER), json.dumps(self._own).encode())
+
+    def _owner(self) -> dict[str, str]:
+        if not self._files.exists(self._at(OWNER)):
+            return {}
+        try:
+            return dict(json.loads(self._files.cat_file(self._at(OWNER))))
+        except (ValueError, TypeError):  # torn: as if it was not there
+            return {}
+
+    def _hold_place(self) -> None:
+        there = self._owner()
+        if not there:
+            self._take_place()
+        elif there != self._own:
+            raise RuntimeError(f"run {there.get('id')} writes there since, from another start")
+
     def take(self, paths: Sequence[Path]) -> None:
         """Copy those that are not there, the newest first, and remove those that are no more among
-        them, and what copies that were cut short have left. What fails is told.
+        them, and what copies that were cut short have left. What fails is told. :meth:`claim` comes
+        first.
         """
         try:
-            self._files.makedirs(self._folder, exist_ok=True)
+            self._hold_place()
             before, there = self._entries(), self._names()
             for path in reversed(paths):
                 if path.name not in there or not self._is_copied(path):

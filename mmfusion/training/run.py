@@ -167,15 +167,18 @@ class RunDirectory:
             torn.unlink()
         for torn in unfinished(self.checkpoints):
             remove(torn)
-        if not self.identity.exists():
-            new = agents_run() or secrets.token_hex(4)
-            content = {"id": new, "created": now(), "versions": versions()}
-            replace_text(self.identity, json.dumps(content, indent=2))
+        self.adopt(agents_run() or secrets.token_hex(4))
         _ = self.id  # refused here where it is damaged, before anything moves
         kept = {key: value for key, value in recipe.items() if key not in NOT_THE_RECIPE}
         text = yaml.safe_dump({"run_dir": str(self.path), **kept}, sort_keys=False)
         replace_text(self.config, text)
         return Attempt(self, step)
+
+    def adopt(self, run_id: str | None) -> None:
+        """Be the run of that id, where the directory is no run's yet."""
+        if run_id and not self.identity.exists():
+            content = {"id": run_id, "created": now(), "versions": versions()}
+            replace_text(self.identity, json.dumps(content, indent=2))
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -225,6 +225,7 @@ def test_retention_removes_folders_too(tmp_path: Path) -> None:
 def test_folders_are_copied_to_another_place_and_back(tmp_path: Path) -> None:
     folders = [folder_of(tmp_path / "here", step) for step in (1, 2)]
     there = RemoteCopy(f"file://{tmp_path}/far")
+    there.claim("mine")
     there.take(folders)
     back = tmp_path / "back" / "checkpoints"
     found = there.fetch_newest(back)
@@ -237,7 +238,7 @@ def test_folders_are_copied_to_another_place_and_back(tmp_path: Path) -> None:
     (tmp_path / "far" / "notes.txt").write_text("not ours")
     there.take(folders[1:])
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == [
-        "notes.txt", "step-00000002"
+        "notes.txt", "run.json", "step-00000002"
     ]  # fmt: skip
     assert why_incomplete(tmp_path / "far" / "step-00000002") is None
 

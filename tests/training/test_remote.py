@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -167,6 +168,61 @@ def test_another_runs_copies_are_not_gone_on_from(
     assert not (tmp_path / "other" / "metrics.csv").exists()
 
 
+def test_what_is_gone_on_from_stays_the_same_run(tmp_path: Path) -> None:
+    path = recipe(tmp_path, remote=f"file://{tmp_path}/far")
+    first = fit(path)
+    (tmp_path / "far" / f"step-{STEPS:08d}.ckpt").unlink()
+    shutil.move(first.path, tmp_path / "lost")
+    second = fit(path, f"--run_dir={tmp_path}/elsewhere")
+    assert second.id == RunDirectory(tmp_path / "lost").id
+    assert min(losses(second)) == STEPS - 2
+
+
+def test_two_runs_of_one_recipe_do_not_overwrite_each_others_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, remote=f"file://{tmp_path}/far", keep_last=3)
+    first = fit(path)
+    before = names(tmp_path / "far")
+    said = refused(capsys, path, f"--run_dir={tmp_path}/other", "--resume=none")
+    assert f"holds checkpoints of run {first.id}, and this is run" in said
+    assert names(tmp_path / "far") == before == names(first.checkpoints)
+    fit(path, "--resume=none")  # the run itself may start over
+    assert names(tmp_path / "far") == names(first.checkpoints)
+
+
+def test_of_two_starts_of_a_run_the_later_one_copies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, folder = AtomicCheckpointIO(), tmp_path / "here"
+    for step in (2, 4):
+        files.save_checkpoint({"weights": torch.rand(9)}, folder / f"step-{step:08d}.ckpt")
+    one, two = by_step(folder)
+    earlier, later = (RemoteCopy(f"file://{tmp_path}/far") for _ in range(2))
+    earlier.claim("mine")
+    earlier.take([one])
+    later.claim("mine")
+    later.take([one, two])
+    earlier.take([one])  # would remove the other
+    assert names(tmp_path / "far") == [one.name, two.name]
+    assert "run mine writes there since, from another start" in caplog.text
+
+
+def test_a_place_that_cannot_be_reached_at_the_start_is_taken_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "here" / "step-00000002.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.rand(9)}, file)
+    (tmp_path / "far").write_text("a file")
+    far = RemoteCopy(f"file://{tmp_path}/far/mine")
+    far.claim("mine")
+    assert "cannot be written so far" in caplog.text
+    (tmp_path / "far").unlink()
+    far.take([file])
+    assert names(tmp_path / "far" / "mine") == [file.name]
+    assert far.run_id() == "mine"
+
+
 def test_a_step_of_a_run_before_is_replaced(tmp_path: Path) -> None:
     far = RemoteCopy(f"file://{tmp_path}/far")
     for name, seed in (("one", 1), ("two", 2)):
@@ -177,6 +233,7 @@ def test_a_step_of_a_run_before_is_replaced(tmp_path: Path) -> None:
         part = Share("row", 0, torch.rand(9))
         manifest.write(folder, [sharded.write(folder, 0, [part])], {"step": 2})
         far = RemoteCopy(f"file://{tmp_path}/far")  # of another start
+        far.claim("mine")
         far.take([file, folder])
     for name in ("step-00000002.ckpt", "step-00000002/rank-00000.safetensors"):
         assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -117,7 +117,12 @@ class RunCheckpoint(Checkpoint):
             recipe: resolved.
             before: of the checkpoint that the run goes on from.
             allow_change: go on though frozen weights are others.
+
+        Raises:
+            ValueError: where ``remote`` holds another run's checkpoints.
         """
+        if self.remote is not None:
+            self.remote.claim(run)
         self._made = {"run": run, "recipe": fingerprint(recipe), "versions": versions()}
         self._before, self._allow_change = before, allow_change
 
