@@ -8,12 +8,10 @@ are the LLM's weights, which are gathered where they are used (see :func:`whole_
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -22,8 +20,8 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from mmfusion.paths import expand
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.strategies import zero_config
 from mmfusion.training.strategies.shares import (
     ask_nothing,
     divide_encoders,
@@ -94,18 +92,8 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         self.divide_encoders = divide_encoders
         own = cast(dict[str, Any], self.config)
         own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
-        _lay_over(own, _fields(config))
-        for name in ("zero_optimization", "fp16", "bf16", "torch_autocast"):
-            if not isinstance(own.get(name, {}), dict):
-                raise ValueError(f"ZeRO: config.{name} is {own[name]!r}; expected its fields.")
-        if own["zero_optimization"].get("stage") != stage:
-            raise ValueError("ZeRO: give the stage as stage, not in config.zero_optimization.")
-        for name in ("fp16", "bf16", "torch_autocast"):
-            if own.get(name, {}).get("enabled"):
-                raise ValueError(
-                    f"ZeRO: config.{name} is enabled, which would take every part's weights into "
-                    "half precision; set trainer.precision: bf16-mixed instead."
-                )
+        zero_config.lay_over(own, zero_config.fields(config))
+        zero_config.refuse_sections(own, stage)
 
     @property
     def _on_cpu(self) -> bool:
@@ -159,6 +147,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         adds, would be other than it says, without an error (lora_B at 0.5 instead of 0).
         """
         self._init_config_if_needed()
+        zero_config.refuse_unread(cast(dict[str, Any], self.config))
         if self.stage == 3:
             refuse_quantised(self._module, "ZeRO stage 3")
             ask_nothing(self._module.trainer, "ZeRO stage 3")
@@ -293,29 +282,6 @@ class _Precision(DeepSpeedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-
-def _fields(config: dict[str, Any] | str | None) -> dict[str, Any]:
-    if not isinstance(config, str):
-        return config or {}
-    path = Path(expand(config))
-    if not path.is_file():
-        raise FileNotFoundError(f"ZeRO: config {path} is not a file.")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"ZeRO: config {path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"ZeRO: config {path} holds a {type(found).__name__}; expected an object.")
-    return found
-
-
-def _lay_over(own: dict[str, Any], given: Mapping[str, Any]) -> None:
-    for key, value in given.items():
-        if isinstance(value, dict) and isinstance(own.get(key), dict):
-            _lay_over(own[key], value)
-        else:
-            own[key] = value
 
 
 def whole_modules(module: MultimodalModule) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmfusion.training.strategies.zero import ZeRO
+from mmfusion.training.strategies.zero_config import refuse_unread
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,23 @@ from mmfusion.training.strategies.zero import ZeRO
 def test_what_cannot_be_meant_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
         ZeRO(**options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"steps_per_pront": 5}, "steps_per_pront is no field.*Did you mean steps_per_print"),
+        ({"comms_logger": {"enabled": "perhaps"}}, "does not take config"),
+        ({"zero_optimization": {"reduce_buckets": 5}}, "reduce_buckets"),
+        ({"sparse_attention": {}}, "has been removed"),
+    ],
+)
+def test_fields_that_deepspeed_would_pass_over_are_refused(fields, told):
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        refuse_unread({"train_micro_batch_size_per_gpu": 1, **fields})
+
+
+def test_deepspeeds_fields_are_taken():
+    read = ZeRO(stage=2, offload="cpu", config={"wall_clock_breakdown": True}).config
+    sections = {name: {} for name in ("comms_logger", "flops_profiler", "tensorboard", "compile")}
+    refuse_unread({**read, **sections, "train_micro_batch_size_per_gpu": 1, "dump_state": False})
