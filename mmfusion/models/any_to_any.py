@@ -69,7 +69,8 @@ class AnyToAnyModel(nn.Module):
         stored: parts of each generator whose work comes with the targets.
         target_processors: those that take the place of a generator's own.
         sequence_group: the ranks that share rows with this one, where there are such.
-        divided: encoders whose weights ranks share, so that all must run them as often.
+        divided: names of encoders and denoisers whose weights ranks share, so that all must run
+            them as often.
     """
 
     def __init__(
@@ -320,7 +321,7 @@ class AnyToAnyModel(nn.Module):
         trains = any(p.requires_grad for p in encoder.parameters())
         longest = int(media.num_features.max())
         wanted = projector.reads_features and not media.idle
-        if trains or wanted or modality in self.divided:
+        if trains or wanted or f"encoders.{modality}" in self.divided:
             with nullcontext() if trains else torch.no_grad():
                 features = encoder(tensors)
         else:

@@ -64,7 +64,8 @@ class Denoising(TargetObjective):
         generator, target = model.generator(self.modality), batch.host.targets[self.modality]
         found = output.conditioning[self.modality]
         trains = any(p.requires_grad for p in generator.parameters())
-        if target.idle and not trains:
+        divided = f"generators.{self.modality}.{DENOISER}" in model.divided
+        if target.idle and not trains and not divided:
             return over_targets(0.0 * found.tokens.sum((1, 2)), target, len(batch.samples))
         keys = target.keys.tolist()
         tensors = batch.targets[self.modality].tensors

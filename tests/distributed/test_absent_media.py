@@ -4,13 +4,17 @@ rank has no pictures to make, or no media at all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from torch.distributed.tensor import DTensor
 
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.loggers import read_metrics
@@ -42,11 +46,12 @@ CONVERTER = {"class_path": f"{HERE}.TinyConverter"}
 
 
 def zero(stage: int | str) -> list[str]:
-    """Options; of FSDP2 too, as a stage of its own; and with encoders that are divided."""
-    if stage == "3, encoders":
-        return [*zero(3), "--trainer.strategy.divide_encoders=true"]
-    if stage == "fsdp2, encoders":
-        return [f"--trainer.strategy={FSDP2}", "--trainer.strategy.divide_encoders=true"]
+    """Options; of FSDP2 too, as a stage of its own; and with frozen parts that are divided."""
+    frozen = [f"--trainer.strategy.divide_{parts}=true" for parts in ("encoders", "denoisers")]
+    if stage == "3, frozen":
+        return [*zero(3), *frozen]
+    if stage == "fsdp2, frozen":
+        return [f"--trainer.strategy={FSDP2}", *frozen]
     if stage == "fsdp2":
         return ["--strategy=fsdp2"]
     return [ZERO, f"--trainer.strategy.stage={stage}", *([DIVIDED] if stage == 3 else [])]
@@ -91,6 +96,23 @@ def mixed(home: Path) -> Path:
     )
 
 
+class Shares(L.Callback):
+    """Writes which weights are divided among the ranks."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        held = {
+            name
+            for name, parameter in module.named_parameters()
+            if isinstance(parameter, DTensor)
+            or (hasattr(parameter, "ds_tensor") and not parameter.ds_persist)
+        }
+        if trainer.is_global_zero:
+            self.file.write_text("\n".join(sorted(held)))
+
+
 def run(home: Path, path: Path, name: str, world: int, *options: str) -> Path:
     """A whole run; where ranks wait for one another it fails after a minute."""
     recorder = {
@@ -98,7 +120,8 @@ def run(home: Path, path: Path, name: str, world: int, *options: str) -> Path:
         "init_args": {"folder": f"{home}/{name}-packs"},
     }
     args = ["fit", "-c", str(path), f"--run_dir={home}/{name}", "--timeout_minutes=1"]
-    args += [f"--trainer.callbacks=[{recorder}]", f"--trainer.devices={world}", *options]
+    shares = {"class_path": f"{__name__}.Shares", "init_args": {"file": f"{home}/{name}.shares"}}
+    args += [f"--trainer.callbacks=[{recorder}, {shares}]", f"--trainer.devices={world}", *options]
     log = home / f"{name}.log"
     codes = jobs.run_ranks(args, log, world) if options else [jobs.run(args, log)]
     assert set(codes) == {0}, "".join(p.read_text() for p in home.glob(f"{name}.[01l]*"))
@@ -124,7 +147,7 @@ def divided(home: Path, mixed: Path) -> Callable[[int | str], Path]:
     return cache(lambda stage: run(home, mixed, f"zero{stage}", 2, *zero(stage)))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp2", "3, encoders", "fsdp2, encoders"])
+@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp2", "3, frozen", "fsdp2, frozen"])
 def test_a_rank_without_media_changes_nothing(home, alone, divided, stage):
     ours, theirs = figures(alone), figures(divided(stage))
     assert len(ours) == STEPS + 2
@@ -134,6 +157,21 @@ def test_a_rank_without_media_changes_nothing(home, alone, divided, stage):
     made, seen = media(home / f"zero{stage}-packs")
     assert lacking(made) - lacking({key: made[key] + seen[key] for key in made})
     assert lacking({key: made[key] + seen[key] for key in made})
+
+
+@pytest.mark.parametrize("stage", [3, "fsdp2"])
+def test_frozen_parts_are_divided_where_the_recipe_says_so(home, divided, stage):
+    def shared(which: int | str) -> set[str]:
+        divided(which)
+        names = (home / f"zero{which}.shares").read_text().split()
+        return {
+            re.match(r"model\.(llm|\w+\.image\.?(vae|text_encoder|denoiser)?)", n)[0] for n in names
+        }
+
+    frozen = {"model.encoders.image.", "model.generators.image.denoiser"}
+    assert not shared(stage) & frozen
+    assert shared(f"{stage}, frozen") == shared(stage) | frozen
+    assert "model.llm" in shared(stage)
 
 
 def media(folder: Path) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:

@@ -33,8 +33,8 @@ from mmfusion.training.sharded import Part
 from mmfusion.training.strategies.shares import (
     GatheredCheckpoints,
     ask_nothing,
-    divide_encoders,
-    divided_encoders,
+    divide,
+    divided_parts,
     frozen_parts,
     on_one,
     refuse_half,
@@ -56,6 +56,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             its backward pass; False takes more memory and less communication.
         divide_encoders: share frozen encoders too, which else every rank holds whole. A rank
             without media of a modality then runs its encoder all the same.
+        divide_denoisers: as divide_encoders, of the generators' U-Nets and transformers.
         tensor_parallel: neighbouring ranks that compute each layer of the LLM together, on the same
             packs, by the plan of the LLM's family; what else is divided, is among the others.
         process_group_backend: of torch.distributed (None: NCCL on GPUs, gloo on CPUs).
@@ -68,6 +69,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         offload: bool = False,
         reshard: bool = True,
         divide_encoders: bool = False,
+        divide_denoisers: bool = False,
         tensor_parallel: int = 1,
         process_group_backend: str | None = None,
     ) -> None:
@@ -79,7 +81,8 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.offload, self.reshard, self.tensor_parallel = offload, reshard, tensor_parallel
-        self.divide_encoders, self.sharded = divide_encoders, False
+        self.divide_encoders, self.divide_denoisers = divide_encoders, divide_denoisers
+        self.sharded = False
 
     @property
     def _module(self) -> MultimodalModule:
@@ -138,8 +141,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
 
     def _divide(self) -> None:
         module = self._module
-        if self.divide_encoders:
-            divide_encoders(module)
+        divide(module, self.divide_encoders, self.divide_denoisers)
         refuse_numbers(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = [[names[p] for p in group["params"]] for group in module.groups]
@@ -167,8 +169,8 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             fully_shard(layer, reshard_after_forward=self.reshard, mp_policy=layers, **options)
             for parameter in halves:  # other parameters have their place now
                 parameter.data = parameter.data.new_empty(0)
-        for encoder in divided_encoders(module):
-            for part in [*repeated(encoder), encoder]:
+        for divided in divided_parts(module):
+            for part in [*repeated(divided), divided]:
                 fully_shard(part, reshard_after_forward=True, **options)
         self.widen((p for p in module.parameters() if p in names), names)
         self._unread = {}

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mmfusion.data.datamodule import data_of
+from mmfusion.models.generators.base import DENOISER
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.module import MultimodalModule
@@ -28,11 +29,11 @@ ASKED = ("generate_samples", "table_samples", "media_samples")
 
 def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
     """The largest frozen modules that stay whole, each as its owner and its name there: neither in
-    the LLM nor in an encoder that is divided.
+    the LLM nor in a part that is divided.
     """
     found: list[tuple[nn.Module, str]] = []
     open_: list[nn.Module] = [module]
-    left = {module.model.llm, *divided_encoders(module)}
+    left = {module.model.llm, *divided_parts(module)}
     while open_:
         owner = open_.pop()
         for name, child in owner.named_children():
@@ -46,21 +47,30 @@ def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def divided_encoders(module: MultimodalModule) -> list[nn.Module]:
+def divided_parts(module: MultimodalModule) -> list[nn.Module]:
     """Those whose frozen weights ranks share as they share the LLM's."""
-    return [module.model.encoders[name] for name in sorted(module.model.divided)]
+    return [module.model.get_submodule(name) for name in sorted(module.model.divided)]
 
 
-def divide_encoders(module: MultimodalModule) -> None:
-    """Have every rank run every encoder, and so share its weights."""
-    module.model.divided = set(module.model.encoders)
+def divide(module: MultimodalModule, encoders: bool, denoisers: bool) -> None:
+    """Have every rank run every encoder, or the denoiser of every generator, and so share its
+    weights. What is not built is not among them.
+    """
+    model = module.model
+    found = [f"encoders.{name}" for name in model.encoders if encoders]
+    found += [f"generators.{name}.{DENOISER}" for name in model.generators if denoisers]
+    built = {name for name, _ in model.named_modules()}
+    model.divided = set(found) & built
 
 
 def repeated(part: nn.Module) -> list[nn.Module]:
-    """The modules of a part that are repeated: what is gathered at a time."""
-    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    longest = max(lists, key=len, default=None)
-    return [] if longest is None else list(longest)
+    """The modules of a part that are repeated: what is gathered at a time. Of lists within lists
+    the outer ones: a U-Net's blocks.
+    """
+    found: list[nn.Module] = []
+    for child in part.children():
+        found += child if isinstance(child, nn.ModuleList) else repeated(child)
+    return found
 
 
 def ask_nothing(trainer: L.Trainer, strategy: str) -> None:

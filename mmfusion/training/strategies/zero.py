@@ -24,8 +24,8 @@ from mmfusion.training.module import MultimodalModule
 from mmfusion.training.strategies import zero_config
 from mmfusion.training.strategies.shares import (
     ask_nothing,
-    divide_encoders,
-    divided_encoders,
+    divide,
+    divided_parts,
     frozen_parts,
     refuse_half,
     refuse_numbers,
@@ -45,6 +45,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
             host's memory (``cpu``) or, in stage 3, on disks (``nvme``); the step is made there.
         divide_encoders: in stage 3, share frozen encoders too, which else every rank holds whole. A
             rank without media of a modality then runs its encoder all the same.
+        divide_denoisers: as divide_encoders, of the generators' U-Nets and transformers.
         nvme_path: folder on the disks for ``nvme``.
         config: fields of DeepSpeed's configuration, laid over what this strategy sets; or the path
             of a JSON file with such.
@@ -59,6 +60,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         offload: Literal["cpu", "nvme"] | None = None,
         nvme_path: str | None = None,
         divide_encoders: bool = False,
+        divide_denoisers: bool = False,
         config: dict[str, Any] | str | None = None,
         process_group_backend: str | None = None,
     ) -> None:
@@ -74,8 +76,9 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
                 f"ZeRO: offload is nvme and the stage {stage}, where DeepSpeed would take the "
                 "host's memory without a word. Set stage: 3, or offload: cpu."
             )
-        if divide_encoders and stage != 3:
-            raise ValueError(f"ZeRO: divide_encoders is for stage 3, and the stage is {stage}.")
+        asked = {"divide_encoders": divide_encoders, "divide_denoisers": divide_denoisers}
+        if stage != 3 and (odd := [name for name, value in asked.items() if value]):
+            raise ValueError(f"ZeRO: {odd[0]} is for stage 3, and the stage is {stage}.")
         # Its batch size counts samples a second in logs; "auto" opens the data for it.
         super().__init__(
             stage=stage,
@@ -89,7 +92,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
             process_group_backend=process_group_backend,
         )
         self.stage, self.offload, self.sharded = stage, offload, False
-        self.divide_encoders = divide_encoders
+        self.divide_encoders, self.divide_denoisers = divide_encoders, divide_denoisers
         own = cast(dict[str, Any], self.config)
         own["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer is taken
         zero_config.lay_over(own, zero_config.fields(config))
@@ -164,8 +167,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
     ) -> tuple[Any, Any]:
         import deepspeed
 
-        if self.divide_encoders:
-            divide_encoders(self._module)
+        divide(self._module, self.divide_encoders, self.divide_denoisers)
         whole = whole_modules(self._module)
         own = [(h, set(h)) for m in whole for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._frozen = frozen_parts(self._module)
@@ -207,7 +209,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
 
         options = {"config_dict_or_path": self.config, "remote_device": self.offload}
         init = deepspeed.zero.Init(nn.Module(), **options)
-        shared = [self._module.model.llm, *divided_encoders(self._module)]
+        shared = [self._module.model.llm, *divided_parts(self._module)]
         names = {parameter: name for name, parameter in self._module.named_parameters()}
         for parameter in chain(*(part.parameters() for part in shared)):
             self.widen([parameter], names)
@@ -285,12 +287,12 @@ class _Precision(DeepSpeedPrecision):
 
 
 def whole_modules(module: MultimodalModule) -> list[nn.Module]:
-    """Modules whose own weights every rank holds: all but the LLM's and those of encoders that are
+    """Modules whose own weights every rank holds: all but the LLM's and those of parts that are
     divided; and the LLM's output head, which the loss runs once for each chunk of a rank's
     supervised tokens.
     """
     shared = set(module.model.llm.modules()) - set(module.model.llm.head.modules())
-    shared |= set(chain(*(part.modules() for part in divided_encoders(module))))
+    shared |= set(chain(*(part.modules() for part in divided_parts(module))))
     return [part for part in module.modules() if part not in shared and part is not module]
 
 

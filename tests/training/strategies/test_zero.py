@@ -15,6 +15,7 @@ from mmfusion.training.strategies.zero_config import refuse_unread
         ({"stage": 3, "offload": "nvme"}, "give a folder with nvme"),
         ({"stage": 3, "nvme_path": "/disks"}, "none without"),
         ({"stage": 2, "divide_encoders": True}, "divide_encoders is for stage 3"),
+        ({"stage": 1, "divide_denoisers": True}, "divide_denoisers is for stage 3"),
         ({"stage": 3, "config": {"zero_optimization": {"stage": 2}}}, "give the stage as stage"),
         ({"stage": 2, "config": {"bf16": {"enabled": True}}}, "config.bf16 is enabled"),
     ],
