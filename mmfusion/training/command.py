@@ -290,6 +290,9 @@ class RecipeCommand(LightningCLI):
             except Rewind as rewind:
                 self.back = self._went_back(run, attempt, start, step, rewind)
                 return
+            finally:
+                if remote := self._one(RunCheckpoint).remote:
+                    remote.wait()
             if self._one(RunProgress).owes_validation(self.trainer):  # cut off at the last step
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"

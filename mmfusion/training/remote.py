@@ -12,6 +12,7 @@ import posixpath
 import re
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import fsspec
 
 from mmfusion.data.whole_file import publish, temporary_path
 from mmfusion.training.manifest import MANIFEST, ManifestError, parse, read
-from mmfusion.training.resume import STEP_NAME, remove, step_of, why_incomplete
+from mmfusion.training.resume import STEP_NAME, by_step, remove, step_of, why_incomplete
 
 PART_NAME = re.compile(r"\.step-\d+\.ckpt\.part")
 """Of a copy that is being made."""
@@ -39,6 +40,9 @@ class RemoteCopy:
     Args:
         url: of the folder; made where it is not there.
 
+    Attributes:
+        copying: the checkpoint that is copied just now.
+
     Raises:
         ValueError: for a kind of place that fsspec does not know, or whose package is not there.
     """
@@ -48,6 +52,8 @@ class RemoteCopy:
         self._known: set[str] = set()
         """Names of those that are there as they are here."""
         self._own: dict[str, str] = {}
+        self.copying: Path | None = None
+        self._thread = ThreadPoolExecutor(1, "remote")
         try:
             self._files, self._folder = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
@@ -99,6 +105,14 @@ class RemoteCopy:
         elif there != self._own:
             raise RuntimeError(f"run {there.get('id')} writes there since, from another start")
 
+    def take_behind(self, folder: Path) -> None:
+        """:meth:`take` what a folder holds, while training goes on."""
+        self._thread.submit(lambda: self.take(by_step(folder)))
+
+    def wait(self) -> None:
+        """Until all that is to be taken so far has been."""
+        self._thread.submit(lambda: None).result()
+
     def take(self, paths: Sequence[Path]) -> None:
         """Copy those that are not there, the newest first, and remove those that are no more among
         them, and what copies that were cut short have left. What fails is told. :meth:`claim` comes
@@ -108,6 +122,7 @@ class RemoteCopy:
             self._hold_place()
             before, there = self._entries(), self._names()
             for path in reversed(paths):
+                self.copying = path
                 if path.name not in there or not self._is_copied(path):
                     self._copy(path)
                 self._known.add(path.name)
@@ -117,6 +132,8 @@ class RemoteCopy:
                     self._remove(name)
         except Exception as error:  # of any package behind fsspec
             log.warning("not copied to %s: %s: %s", self.url, type(error).__name__, error)
+        finally:
+            self.copying = None
 
     def _is_copied(self, path: Path) -> bool:
         """Whether what is there under a checkpoint's name is this one: not the same step of a run

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
 from mmfusion.training import checkpoint, manifest, sharded
 from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.remote import RemoteCopy
-from mmfusion.training.resume import by_step
+from mmfusion.training.resume import by_step, why_incomplete
 from mmfusion.training.run import RunDirectory
 from mmfusion.training.sharded import Share
 from tests.training.tiny import fit, losses, refused, write_recipe
@@ -122,6 +123,39 @@ def test_copies_are_gone_on_from_where_the_run_directory_is_lost(tmp_path: Path)
     run.path.rename(tmp_path / "lost")
     again = fit(path)
     assert {step: loss for step, loss in whole.items() if step >= 10} == losses(again)
+
+
+def test_training_does_not_wait_for_copies_but_its_end_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, reached = RemoteCopy._copy, []
+
+    def slow(self: RemoteCopy, path: Path) -> None:
+        csv = tmp_path / "run" / "metrics.csv"
+        for _ in range(6000):
+            if csv.exists() and max(losses(RunDirectory(csv.parent)), default=0) >= 7:
+                break
+            time.sleep(0.01)
+        reached.append(max(losses(RunDirectory(csv.parent))))
+        copy(self, path)
+
+    monkeypatch.setattr(RemoteCopy, "_copy", slow)
+    run = fit(recipe(tmp_path, remote=f"file://{tmp_path}/far"))
+    assert reached[0] >= 7  # the first copy, of step 2, was held up
+    assert names(tmp_path / "far") == names(run.checkpoints)
+    assert all(why_incomplete(path) is None for path in by_step(tmp_path / "far"))
+
+
+def test_an_object_store_is_such_a_place(tmp_path: Path) -> None:
+    """One without folders or renaming in place, as s3 is."""
+    path = recipe(tmp_path, remote="memory://bucket/runs/mine", keep_last=3)
+    run = fit(path)
+    whole = losses(run)
+    found = fsspec.filesystem("memory").ls("/bucket/runs/mine", detail=False)
+    assert {name.rpartition("/")[2] for name in found} == {"run.json", *names(run.checkpoints)}
+    run.path.rename(tmp_path / "lost")
+    fsspec.filesystem("memory").rm(f"/bucket/runs/mine/step-{STEPS:08d}.ckpt")
+    assert losses(fit(path)) == {step: loss for step, loss in whole.items() if step >= 10}
 
 
 def test_a_place_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class RunCheckpoint(Checkpoint):
             large LLMs that train whole. Any number of ranks goes on from it.
         remote: a folder that each checkpoint is copied to as well, as fsspec names it
             (``s3://bucket/runs/mine``, ``/other/disk``); where the run directory has none, the run
-            goes on from there. A copy that fails is told, and does not stop the run.
+            goes on from there. Training does not wait for copies, but its end does; one that fails
+            is told, and does not stop the run.
     """
 
     def __init__(
@@ -283,10 +284,12 @@ class RunCheckpoint(Checkpoint):
         replace_text(self.folder / LATEST, path.name + "\n")
         self._remove_old()
         if self.remote is not None:
-            self.remote.take(by_step(self.folder))
+            self.remote.take_behind(self.folder)
 
     def _remove_old(self) -> None:
         for path in by_step(self.folder)[: -self.keep_last]:
+            if self.remote is not None and self.remote.copying == path:
+                continue  # goes with the next
             if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 remove(path)
 
