@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,14 +15,13 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
+from torch.distributed.constants import default_pg_timeout
 
 from mmfusion.training.callbacks.start_timer import StartTimer
 from mmfusion.training.callbacks.step_bar import StepBar
 from mmfusion.training.checkpoint import AtomicCheckpointIO
 from mmfusion.training.recipe_parser import RecipeError
 from mmfusion.training.strategies import names as strategies
-from mmfusion.training.strategies.fsdp2 import FSDP2
-from mmfusion.training.strategies.zero import ZeRO
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -78,9 +77,9 @@ def make_trainer(
         trainer = L.Trainer(**given)
     except (MisconfigurationException, TypeError) as error:
         raise RecipeError(f"the recipe's trainer cannot be made: {error}") from error
-    ours = isinstance(given["strategy"], str | ZeRO | FSDP2)
-    if ours and hasattr(trainer.strategy, "_timeout"):
-        trainer.strategy._timeout = timedelta(minutes=config.timeout_minutes)
+    # What nobody has set is half an hour.
+    if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
+        cast(Any, trainer.strategy)._timeout = timedelta(minutes=config.timeout_minutes)
     return trainer
 
 

@@ -475,12 +475,12 @@ def check_packs(run: Run, right: dict[int, tuple[list[Any], list[int]]]) -> None
 def killed_runs(kills: Kills, case: Case, number: int) -> None:
     """Run after run, until so many kills."""
     runs = 0
-    while case.seen["kills"] < number or case.seen["writing"] < number // 2:
+    while case.seen["kills"] < number or case.seen["writing"] < (number + 1) // 2:
         case.behind = bool(runs % 2) and not case.sharded  # every other run, behind training
         run = Run(kills, case, f"{case.name.replace(' x ', '-')}-{runs}")
         runs, newest, done = runs + 1, 0, False
         while not done and case.seen["kills"] - number < number:
-            enough = case.seen["kills"] >= number and case.seen["writing"] >= number // 2
+            enough = case.seen["kills"] >= number and case.seen["writing"] >= (number + 1) // 2
             if enough:
                 last_start(run, newest)
                 break

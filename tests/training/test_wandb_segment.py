@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from mmfusion.training.loggers import read_metrics
+from mmfusion.training.run import RunDirectory
+from tests.training import jobs
+from tests.training.tiny import losses, write_recipe
 from tests.training.wandb_process import (
     Logging,
     environment,
@@ -46,6 +49,35 @@ def test_offline_starts_are_segments_of_one_run_inside_its_directory(tmp_path: P
     assert not list((tmp_path / "home").rglob("*wandb*"))
     written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
     assert b"SECRETSECRET" not in written
+
+
+def test_a_killed_run_and_the_start_that_goes_on_are_one_there_too(tmp_path: Path) -> None:
+    """The command itself, in steps of a tenth of a second: what the last two seconds had is lost
+    there, and in ``metrics.csv``.
+    """
+    recipe = write_recipe(
+        tmp_path,
+        trainer__max_steps=60,
+        trainer__callbacks=[{"class_path": "tests.training.tiny.SlowSteps"}],
+        checkpoint__every_n_steps=10,
+        wandb="offline",
+    )
+    run, log = RunDirectory(tmp_path / "run"), tmp_path / "log.txt"
+    process = jobs.start(["fit", "-c", str(recipe)], log)
+    csv = run.path / "metrics.csv"
+    while process.is_alive() and not (csv.exists() and max(losses(run), default=0) >= 45):
+        time.sleep(0.05)
+    jobs.kill(process)
+    assert jobs.run(["fit", "-c", str(recipe)], log) == 0, log.read_text()
+    first, second = sorted((run.path / "wandb").glob(f"offline-run-*-{run.id}"))
+    rows = points(read_metrics(csv, all_attempts=True))
+    before, after = (sorted(row for row in rows if row[0] == attempt) for attempt in (1, 2))
+    found = logged(first)
+    assert found == before[: len(found)]
+    assert len(found) >= len(before) - 30
+    assert logged(second) == after
+    assert {step for _, step, _ in found + after} == {step for _, step, _ in rows}
+    assert len({step for _, step, _ in rows}) == 60
 
 
 def test_offline_segments_are_joined_by_wandb_sync(tmp_path: Path) -> None:

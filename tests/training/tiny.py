@@ -126,6 +126,22 @@ class DropoutProjector(Projector):
         return self.linear(self.dropout(features_NFD))
 
 
+class NowAndThen(Projector):
+    """A linear layer, and one more in every other pass: beside its weights there are none that a
+    step may leave out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear, self.more = (torch.nn.Linear(in_dim, out_dim) for _ in range(2))
+        self.passes = 0
+
+    def forward(self, features_NFD: torch.Tensor, mask_NF: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        out = self.linear(features_NFD)
+        return out + self.more(features_NFD) if self.passes % 2 else out
+
+
 class NotANumber(NextToken):
     """Next token, until it, or its gradient alone, is NaN."""
 

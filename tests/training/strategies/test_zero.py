@@ -43,3 +43,17 @@ def test_deepspeeds_fields_are_taken():
     read = ZeRO(stage=2, offload="cpu", config={"wall_clock_breakdown": True}).config
     sections = {name: {} for name in ("comms_logger", "flops_profiler", "tensorboard", "compile")}
     refuse_unread({**read, **sections, "train_micro_batch_size_per_gpu": 1, "dump_state": False})
+
+
+def test_the_configuration_may_be_a_file(tmp_path):
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"wall_clock_breakdown": true, "zero_optimization": {"overlap_comm": false}}')
+    config = ZeRO(stage=2, config=str(file)).config
+    assert config["wall_clock_breakdown"] is True
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert config["zero_optimization"]["stage"] == 2
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        ZeRO(config=str(file))
+    with pytest.raises(FileNotFoundError, match=r"none\.json is not a file"):
+        ZeRO(config="none.json")
