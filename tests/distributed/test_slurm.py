@@ -127,6 +127,22 @@ def test_a_warning_saves_and_queues_the_job_again(cluster, home, whole):
     assert len(job.run.attempts()) == 2
 
 
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(cluster, home, whole):
+    """Two minutes before its end, whether or not Slurm's warning comes (here it would be later)."""
+    pause = {"class_path": "tests.training.tiny.Pause", "init_args": {"step": 9, "seconds": 65}}
+    (site,) = home.glob("site.yaml")
+    content = yaml.safe_load(site.read_text())
+    content["slurm"]["options"]["signal"] = "USR1@10"
+    (home / "late.yaml").write_text(yaml.safe_dump(content))
+    options = ["--time=00:03:00", f"--site={home}/late.yaml", f"--trainer.callbacks=[{pause}]"]
+    job = launch(cluster, home, "in_time", *options)
+    assert job.to_the_end() == whole
+    assert "code 75, queued again" in job.log()
+    assert int(cluster.job(job.number)["Restarts"]) == 1
+    steps = [json.loads((a / "attempt.json").read_text())["step"] for a in job.run.attempts()]
+    assert steps == [0, 9]
+
+
 def test_a_killed_rank_is_started_again(cluster, home, whole):
     job = launch(cluster, home, "killed")
     job.at_step(6)

@@ -82,6 +82,17 @@ class SlowSteps(L.Callback):
         time.sleep(0.1)
 
 
+class Pause(L.Callback):
+    """Stands still for so long at the end of a step; a run that goes on from there does not."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds = step, seconds
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == self.step:
+            time.sleep(self.seconds)
+
+
 class UntilAskedToStop(L.Callback):
     """Holds the end of a step until a signal has come, so that a slow machine does not finish the
     run before; a run that goes on from there is not held.
