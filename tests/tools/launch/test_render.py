@@ -184,12 +184,28 @@ def test_a_run_is_where_its_recipes_say(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
-def test_files_by_hand_find_the_run_of_their_recipes(tmp_path, name):
-    line = [x for x in (ROOT / "launch" / name).read_text().splitlines() if x.startswith("run=")]
+def test_files_by_hand_find_the_run(tmp_path, name):
+    """As given, else that of the recipes; as `mmfusion fit` does, the last one."""
+    text = (ROOT / "launch" / name).read_text()
+    lines = text[text.index("recipe=${1") :].splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("run="))
+    script = "\n".join([*lines[: last + 1], 'echo "$run"'])
     (tmp_path / "a.yaml").write_text("trainer: {}\n")
     (tmp_path / "b.yaml").write_text('run_dir: "runs/of b"\n')
-    script = "\n".join(["recipe=$1", *line, 'echo "$run"'])
-    for given, found in ((["a.yaml"], "runs/a"), (["a.yaml", "-c", "b.yaml"], "runs/of b")):
-        command = ["bash", "-c", script, "_", *given, "--trainer.max_steps=3"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{found}\n"
+    both = ["a.yaml", "-c", "b.yaml"]
+
+    def found(*given: str, **variables: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", script, "_", *given, "--trainer.max_steps=3"], cwd=tmp_path,
+            capture_output=True, text=True, check=True, env={**os.environ, **variables},
+        )  # fmt: skip
+        return done.stdout.removesuffix("\n")
+
+    assert found("a.yaml") == "runs/a"
+    assert found(*both) == "runs/of b"
+    assert found(*both, RUN_DIR="/shared/run") == "/shared/run"
+    assert found(*both, "--run_dir=runs/given here", RUN_DIR="/shared/run") == "runs/given here"
+    assert found(*both, "--run_dir", "runs/by itself") == "runs/by itself"
+    assert found(*both, "--run_dir=runs/1", "--run_dir", "runs/2") == "runs/2"
+    if name == "torchrun.sh":  # looks into it by itself
+        assert found("a.yaml", "--run_dir=~/run", HOME="/home/me") == "/home/me/run"
