@@ -15,8 +15,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -73,6 +74,10 @@ TOOLS = {
     ),
 }
 TRACEBACK = "MMFUSION_TRACEBACK"
+NO_COMMAND = 2
+"""The code where a recipe or a command line is none."""
+REFUSED = "MMFUSION_REFUSED"
+"""A file that is made then: the code of a rank is lost in torchrun's agent (launch/torchrun.sh)."""
 _UNION = re.compile(
     r"(?P<key>.*?)\s*Does not validate against any of the Union subtypes\n\s*Subtypes: .*?\n"
     r"\s*Errors:\n(?P<errors>.*?)\n\s*Given value type: .*?(?:\n(?P<end>Did you mean [^\n]*))?",
@@ -152,7 +157,7 @@ def _command(args: list[str]) -> tuple[str, list[str]]:
         or difflib.get_close_matches(args[0], names, 1)
     )
     hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-    _fail("", f"there is no command {typed or args[0]!r}.{hint} See mmfusion --help.", 2)
+    _fail("", f"there is no command {typed or args[0]!r}.{hint} See mmfusion --help.", NO_COMMAND)
 
 
 def _run(name: str, args: list[str]) -> Any:
@@ -250,4 +255,7 @@ def _without_union(message: str) -> str:
 
 def _fail(command: str, message: str, code: int) -> NoReturn:
     print(f"mmfusion{' ' + command if command else ''}: error: {message}", file=sys.stderr)
+    if code == NO_COMMAND and (note := os.environ.get(REFUSED)):
+        with suppress(OSError):
+            Path(note).touch()
     raise SystemExit(code)

@@ -25,6 +25,7 @@ from mmfusion.paths import expand
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import by_step
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.wandb_segment import where
 
 FOUND, SUBMITTED = "run.json", "launch/job.json"
 LONG = 200
@@ -80,6 +81,8 @@ def runs(folder: str = "runs", failed: PositiveInt | None = None) -> None:
     Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(
         table(found)
     )
+    if len(found) == 1 and (wandb := where(found[0].path)):
+        print(f"W&B: {wandb}")
 
 
 def worth_another(run: RunDirectory, most: int) -> bool:

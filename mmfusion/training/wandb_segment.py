@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import configparser
 import os
+import shlex
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmfusion.data.whole_file import write_whole
 from mmfusion.stopping import WARNINGS, held
 from mmfusion.training.secrets import hide_secrets
 
 WandbChoice = Literal["auto", "online", "offline", "off"]
 FOLDER = "wandb"
+WHERE = "where.txt"
+"""Says where the newest segment of the run is: its address, or why it is offline."""
 FLUSH_SECONDS = 1.0
 """Between writes of the segment's file: what a SIGKILL can lose."""
 _USERS_CONFIG = os.environ.get("WANDB_CONFIG_DIR")
@@ -62,6 +67,26 @@ def begin(segment: Segment) -> tuple[Any, str]:
         run: of W&B.
         words: such as ``offline (no API key ...)``.
     """
+    run, words = _begin(segment)
+    if segment.node == 0:
+        with suppress(OSError), write_whole(str(segment.run_dir / FOLDER / WHERE)) as file:
+            file.write(words.encode())
+    return run, words
+
+
+def where(run_dir: Path) -> str | None:
+    """What :func:`begin` said last of a run, and what to do where that is offline; None: nothing
+    was logged to W&B.
+    """
+    try:
+        words = (run_dir / FOLDER / WHERE).read_text()
+    except OSError:
+        return None
+    to_do = f"; mmfusion sync {shlex.quote(str(run_dir))} sends it"
+    return words + (to_do if words.startswith("offline") else "")
+
+
+def _begin(segment: Segment) -> tuple[Any, str]:
     import wandb
 
     host = server()

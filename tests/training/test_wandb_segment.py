@@ -15,6 +15,7 @@ import pytest
 
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.wandb_segment import where
 from tests.training import jobs
 from tests.training.tiny import losses, write_recipe
 from tests.training.wandb_process import (
@@ -98,9 +99,13 @@ def test_offline_segments_are_joined_by_wandb_sync(tmp_path: Path) -> None:
 def test_a_start_with_a_server_sends_what_starts_without_one_left(tmp_path: Path) -> None:
     run = tmp_path / "run"
     log_steps(run, end="kill")
+    assert str(where(run)).endswith(f"; mmfusion sync {run} sends it")
     with serving(tmp_path) as server:
         said = log_steps(run, server.environment, attempt=2, first=3)
         assert "online" in said
+        address = str(where(run)).removeprefix("online (").removesuffix(")")
+        assert address.startswith(server.environment["WANDB_BASE_URL"])
+        assert address.endswith("/mmfusion/runs/fixedid")
         found = server.run("fixedid")
     assert points(found["history"]) == steps(1, 1, 2, 3) + steps(2, 3, 4, 5)
     assert [row["_step"] for row in found["history"]] == [*range(6)]

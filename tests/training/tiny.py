@@ -75,6 +75,24 @@ class Hang(L.Callback):
             time.sleep(1000)
 
 
+class Fails(L.Callback):
+    """The last rank fails before some steps: once each, or always."""
+
+    def __init__(self, steps: list[int], folder: str | None = None) -> None:
+        self.steps, self.folder = steps, folder
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if trainer.global_rank != trainer.world_size - 1 or step not in self.steps:
+            return
+        if self.folder is not None:
+            done = Path(self.folder) / f"failed-{step}"
+            if done.exists():
+                return
+            done.touch()
+        raise RuntimeError(f"fails before step {step}")
+
+
 class SlowSteps(L.Callback):
     """Steps of a tenth of a second: there is time for something to happen."""
 

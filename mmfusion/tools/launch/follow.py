@@ -1,4 +1,4 @@
-"""What became of a job: its scheduler's word, the run's ``status.json``, and its log."""
+"""What becomes of a job: its scheduler's word, the run's ``status.json``, W&B and its log."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmfusion.training.run import RunDirectory
+from mmfusion.training.wandb_segment import where
 
 ENDED = (
     "COMPLETED",
@@ -28,31 +29,42 @@ EVERY_SECONDS = 1.0
 
 
 def follow_job(run_dir: Path) -> None:
-    """Show the log of a run's job, and what its scheduler says, until it has ended.
+    """Show the log of a run's job, what its scheduler and its run say of it, and where W&B has
+    it, until it has ended.
 
     Raises:
         SystemExit: with code 1 where it has not finished.
     """
     job = json.loads((run_dir / "launch" / "job.json").read_text())
-    log, told = Log(Path(job["log"])), ""
+    run, log = RunDirectory(run_dir), Log(Path(job["log"]))
+    told, wandb = "", None
     try:
         while True:
             state = state_of(job["on"], job["id"])
             for text in log.new():
-                sys.stdout.write(text)
-            if state != told:
-                print(f"[{job['on']} {job['id']}: {state}]", flush=True)
-                told = state
+                print(text, end="", flush=True)
+            now = state + _of_run(run.status())
+            if now != told:
+                print(f"[{job['on']} {job['id']}: {now}]", flush=True)
+                told = now
+            if (address := where(run_dir)) not in (None, wandb):
+                print(f"[W&B: {address}]", flush=True)
+                wandb = address
             if state.split()[0] in ENDED:
                 break
             time.sleep(EVERY_SECONDS)
     except KeyboardInterrupt:
         print(f"\n{run_dir} goes on; see mmfusion runs {run_dir}")
         return
-    status = RunDirectory(run_dir).status()
+    status = run.status()
     print(f"{run_dir}: {status.get('state', 'never begun')} at step {status.get('step', 0)}")
     if status.get("state") != "finished":
         raise SystemExit(1)
+
+
+def _of_run(status: Mapping[str, Any]) -> str:
+    """Steps are in the log."""
+    return f"; run {status.get('state')}, start {status['attempt']}" if "attempt" in status else ""
 
 
 class Log:

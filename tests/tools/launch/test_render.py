@@ -17,7 +17,7 @@ from mmfusion.tools.launch.job import Job
 from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.main import RENDER
 from mmfusion.tools.launch.scripts import slurm, slurm_array
-from mmfusion.tools.launch.site import Site, Slurm, read_site
+from mmfusion.tools.launch.site import Kubernetes, Site, Slurm, read_site
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "golden"
@@ -98,6 +98,66 @@ def test_options_of_a_site_replace_ours_and_null_takes_them_away() -> None:
     assert [line for line in lines if line.startswith("#SBATCH")] == lines[1:][: len(lines) - 1][
         : sum(line.startswith("#SBATCH") for line in lines)
     ], "sbatch reads options up to the first command"
+
+
+def test_a_container_of_slurm_gets_its_image_and_mounts(tmp_path: Path) -> None:
+    """The script itself, with srun that says what it is given; Pyxis is not at hand."""
+    for name, text in {"srun": 'printf "%s\\n" "$@"', "scontrol": "echo n1", "squeue": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def given(slurm_site: Slurm) -> list[str]:
+        text = slurm(job(run_dir=str(tmp_path / "run"), site=Site(slurm=slurm_site)))
+        subprocess.run(["bash", "-n"], input=text.encode(), check=True)
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+        done = subprocess.run(
+            ["bash", "-c", text], env=env, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    plain = given(Slurm())
+    assert plain[:4] == ["--kill-on-bad-exit=0", "--wait=120", "bash", "-c"]
+    mounts = ["/shared:/shared", "/my data:/data:ro"]
+    inside = given(Slurm(container="registry/a b:1", mounts=mounts))
+    assert inside[2:4] == [
+        "--container-image=registry/a b:1",
+        "--container-mounts=/shared:/shared,/my data:/data:ro",
+    ]
+    assert [*inside[:2], *inside[4:]] == plain
+
+
+def test_a_job_without_an_end_known_has_no_deadline(tmp_path: Path) -> None:
+    """Where squeue says nothing; of nothing date makes the last midnight."""
+    lines = slurm(job()).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("ends="))
+    part = "\n".join([*lines[first : first + 4], 'echo "${MMFUSION_DEADLINE:-none}"'])
+    for said, found in {"": "none", "N/A": "none", "2030-01-01T00:02:00Z": "1893456000"}.items():
+        squeue = f"squeue() {{ echo {said}; }}\n"
+        done = subprocess.run(["bash", "-c", squeue + part], capture_output=True, text=True)
+        assert done.stdout == f"{found}\n"
+
+
+@pytest.mark.parametrize("kind", ["TrainJob", "Job"])
+def test_pods_get_the_image_and_the_volumes_of_a_site(kind: str) -> None:
+    volumes = {"/shared": "shared-data", "/weights": "models"}
+    site = Site(kubernetes=Kubernetes(kind=kind, image="registry/a:1", volumes=volumes))
+    *_, made = yaml.safe_load_all(kubernetes(job(site=site)))
+    if kind == "Job":
+        pod = made["spec"]["template"]["spec"]
+        (node,) = pod["containers"]
+        image, command = node["image"], node["command"]
+    else:
+        (patch,) = made["spec"]["runtimePatches"]
+        (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod = replicated["template"]["spec"]["template"]["spec"]
+        (node,) = pod["containers"]
+        image, command = made["spec"]["trainer"]["image"], made["spec"]["trainer"]["command"]
+    assert image == "registry/a:1"
+    claims = {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"]}
+    mounted = {one["mountPath"]: claims[one["name"]] for one in node["volumeMounts"]}
+    assert mounted == volumes
+    assert command[:2] == ["bash", "-c"]
+    subprocess.run(["bash", "-n"], input=command[2].encode(), check=True)
 
 
 def test_train_jobs_are_those_of_kubeflow() -> None:
@@ -184,12 +244,28 @@ def test_a_run_is_where_its_recipes_say(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
-def test_files_by_hand_find_the_run_of_their_recipes(tmp_path, name):
-    line = [x for x in (ROOT / "launch" / name).read_text().splitlines() if x.startswith("run=")]
+def test_files_by_hand_find_the_run(tmp_path, name):
+    """As given, else that of the recipes; as `mmfusion fit` does, the last one."""
+    text = (ROOT / "launch" / name).read_text()
+    lines = text[text.index("recipe=${1") :].splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("run="))
+    script = "\n".join([*lines[: last + 1], 'echo "$run"'])
     (tmp_path / "a.yaml").write_text("trainer: {}\n")
     (tmp_path / "b.yaml").write_text('run_dir: "runs/of b"\n')
-    script = "\n".join(["recipe=$1", *line, 'echo "$run"'])
-    for given, found in ((["a.yaml"], "runs/a"), (["a.yaml", "-c", "b.yaml"], "runs/of b")):
-        command = ["bash", "-c", script, "_", *given, "--trainer.max_steps=3"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{found}\n"
+    both = ["a.yaml", "-c", "b.yaml"]
+
+    def found(*given: str, **variables: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", script, "_", *given, "--trainer.max_steps=3"], cwd=tmp_path,
+            capture_output=True, text=True, check=True, env={**os.environ, **variables},
+        )  # fmt: skip
+        return done.stdout.removesuffix("\n")
+
+    assert found("a.yaml") == "runs/a"
+    assert found(*both) == "runs/of b"
+    assert found(*both, RUN_DIR="/shared/run") == "/shared/run"
+    assert found(*both, "--run_dir=runs/given here", RUN_DIR="/shared/run") == "runs/given here"
+    assert found(*both, "--run_dir", "runs/by itself") == "runs/by itself"
+    assert found(*both, "--run_dir=runs/1", "--run_dir", "runs/2") == "runs/2"
+    if name == "torchrun.sh":  # looks into it by itself
+        assert found("a.yaml", "--run_dir=~/run", HOME="/home/me") == "/home/me/run"
