@@ -61,7 +61,7 @@ def title(strategy: Any) -> str:
 def is_ddp(strategy: Any) -> bool:
     """Whether it is one of Lightning's kinds of DDP."""
     named = isinstance(strategy, str) and strategy.startswith(DDP)
-    return named or isinstance(strategy, DDPStrategy) and not isinstance(strategy, ZeRO)
+    return named or (isinstance(strategy, DDPStrategy) and not isinstance(strategy, ZeRO))
 
 
 def zero_fields(strategy: ZeRO) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def unknown(strategy: Any) -> list[str]:
     found = []
     if isinstance(strategy, FSDP2) and strategy.tensor_parallel > 1:
         found.append(
-            "tensor_parallel: weights, gradients and the optimizer's state are counted as the ranks "
-            "of a group have them; activations within a layer are counted whole, of which each rank "
-            "keeps a part."
+            "tensor_parallel: weights, gradients and the optimizer's state are counted as a rank "
+            "of a group has them; activations within a layer are counted whole, of which it keeps "
+            "a part."
         )
     if isinstance(strategy, ZeRO):
         if strategy.offload == "nvme":

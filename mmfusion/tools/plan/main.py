@@ -13,7 +13,7 @@ from mmfusion.tools.plan.checks import Checked, disk, recipe_checks, run_checks
 from mmfusion.tools.plan.chosen import title
 from mmfusion.tools.plan.gpus import GPU, gpu_of
 from mmfusion.tools.plan.memory import Memory
-from mmfusion.tools.plan.recipe import Planned, plan_command
+from mmfusion.tools.plan.recipe import Planned, plan_command, precision_of
 from mmfusion.tools.plan.rendezvous import Place, meet, meet_here, place_of
 from mmfusion.tools.plan.rows import rows
 from mmfusion.tools.plan.work import Work, work
@@ -80,7 +80,7 @@ class _Report:
         """Plan the recipe; whether it fits."""
         planned = plan_command(self.command, self.world)
         self.work = self._work(planned)
-        half = str(self.command.config.trainer.precision) == "bf16-mixed"
+        half = precision_of(self.command) == "bf16-mixed"
         found = rows(planned, self.world, half)
         self._show(planned, self.work, found)
         own = title(planned.strategy) if planned.strategy else None

@@ -129,8 +129,10 @@ def zero(
         buckets = bucket
         host = state + share - (-divided // world) if offload else 0
     gradients = sizes.number * FP32 if stage == 1 else 0 if offload else share
-    # The step: gradients of the share laid flat, and what the optimizer takes for it.
-    step = 0 if offload else share + -(-seen.step // world)
+    # The step: gradients of the share laid flat, and what the optimizer takes for it, one tensor.
+    # Stages 1 and 2 have given the gradients away by then, stage 3 keeps their buffer.
+    freed = gradients if stage < 3 else 0
+    step = 0 if offload else max(share, share + -(-seen.flat_step // world) - freed)
     return Memory(
         f"deepspeed_{stage}" + ("_offload" if offload else ""),
         parameters=parameters,

@@ -26,6 +26,8 @@ from mmfusion.training.strategies.shares import divide
 from mmfusion.training.strategies.tensor import divided_weights
 
 LLM = "llm"
+ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's other names of precisions."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
         )
     if module.compile_llm:
         notes.append("model.compile fuses operations: activations are a little less than here.")
-    strategy, precision = chosen(command), str(command.config.trainer.precision)
+    strategy, precision = chosen(command), precision_of(command)
     notes += unknown(strategy)
     refused = {
         title(one): why
@@ -136,6 +138,12 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
     return Planned(
         found, seen, given, frozen, steps, inherited, notes, strategy, own, refused
     )  # fmt: skip
+
+
+def precision_of(command: RecipeCommand) -> str:
+    """``trainer.precision`` by its long name."""
+    given = str(command.config.trainer.precision)
+    return ALIASES.get(given, given)
 
 
 def _as_divided(module: MultimodalModule, strategy: Any) -> Sizes:

@@ -21,7 +21,8 @@ COLUMNS = (
 MEMORY_NOTE = (
     "At the moment that takes most. parameters: what trains, with a strategy's copies. transient: "
     "buckets, gathered weights, the optimizer's step. fits: with 1 GiB for CUDA, NCCL and "
-    "workspaces; refused: the strategy does not take the recipe. Not counted: fragmentation, loader processes, judges, answers of validations."
+    "workspaces; refused: the strategy does not take the recipe. Not counted: fragmentation, "
+    "loader processes, judges, answers of validations."
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mmfusion.tools.plan.memory import RESERVED, alone, ddp, fsdp2, strategies, zero
@@ -24,7 +26,7 @@ SIZES = Sizes(
 )
 # 5000 bytes of activations; the optimizer keeps 8 bytes a number, and takes 4 more in its step.
 SEEN = Rehearsal(
-    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, casts=700,
+    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, flat_step=4000, casts=700,
     flops={},
 )  # fmt: skip
 SMALL = {"reduce_bucket_size": 100}
@@ -48,7 +50,7 @@ def test_one_process_holds_everything_at_the_moment_that_takes_most():
 
 
 def test_a_step_that_takes_more_than_the_backward_pass_counts():
-    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, 0, {})
+    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, 4000, 0, {})
     found = alone(SIZES, seen)
     assert found.total == 4000 + 4000 + 4000 + 8000 + 4000  # weights, frozen, grads, state, step
     assert found.transient == 3900
@@ -104,11 +106,24 @@ def test_fsdp_on_one_gpu_divides_and_gathers_nothing():
     assert parts(fsdp2(SIZES, SEEN, 1)) == (4000, 4000, 4000, 8000, 5000, 0)
 
 
+def test_offloaded_fsdp_has_its_shares_on_the_host():
+    # Shares of weights, frozen ones, gradients, state and step; the layers are gathered all the
+    # same, and with two of them gathered for good both are there (5400 and 2700 of gradients).
+    assert parts(fsdp2(SIZES, SEEN, 4, offload=True)) == (0, 400, 0, 0, 5000, 2200 + 3 * 2700)
+    assert fsdp2(SIZES, SEEN, 4, offload=True).host == 1000 + 900 + 1000 + 2000 + 1000
+    assert fsdp2(SIZES, SEEN, 4, reshard=False).transient == 2200 + 5400 + 2700
+
+
+def test_a_divided_encoder_that_gathers_more_than_layers_counts():
+    sizes = replace(SIZES, frozen=54000, parts=50000, gathered_part=20000)
+    assert fsdp2(sizes, SEEN, 4).transient == 2200 + 20000
+
+
 def test_an_adam_of_seven_billion_takes_sixteen_bytes_a_number():
     """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8."""
     n = 7 * 10**9
     sizes = Sizes(trained=4 * n, frozen=0, trained_divided=4 * n, number=n, number_divided=n)
-    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, {})
+    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, 0, {})
     assert ddp(sizes, seen, 1).total == 16 * n
     three = zero(3, sizes, seen, 8)
     assert three.parameters + three.gradients + three.optimizer == 16 * n // 8
