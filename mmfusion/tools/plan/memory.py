@@ -19,7 +19,9 @@ BUCKET = 200_000_000
 """Numbers of a bucket of gradients (``reduce_bucket_size`` of Lightning's DeepSpeedStrategy)."""
 LIVE = 1_000_000_000
 """Gathered numbers that ZeRO stage 3 keeps at most (``max_live_parameters`` there)."""
-COUNTED = ("reduce_bucket_size", "stage3_max_live_parameters")
+PREFETCH = 50_000_000
+"""Numbers that it gathers at a time, ahead of their use (``stage3_prefetch_bucket_size``)."""
+COUNTED = ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 """Fields of ``zero_optimization`` that formulas here take."""
 
 
@@ -107,7 +109,7 @@ def zero(
         offload: the optimizer's state (and in stage 3 what is divided) is in the host's memory.
         options: fields of ``zero_optimization`` that differ from Lightning's.
     """
-    given = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE, **(options or {})}
+    given = {**dict(zip(COUNTED, (BUCKET, LIVE, PREFETCH), strict=True)), **(options or {})}
     bucket = _number(given["reduce_bucket_size"]) * FP32
     share = -(-sizes.number * FP32 // world)  # of what trains
     state = -(-seen.optimizer // world)
@@ -120,14 +122,20 @@ def zero(
         divided = sizes.trained_divided + sizes.frozen_divided
         part = 0 if offload else -(-divided // world)
         outside = sizes.trained - sizes.trained_divided
-        whole = outside + (0 if offload else -(-outside // world))
         part_trained = 0 if offload else -(-sizes.trained_divided // world)
-        parameters = whole + part_trained
+        # What is whole has a share besides. The optimizer steps a copy of all shares: DeepSpeed
+        # would do without where they are fp32, but takes them to be on another device (it compares
+        # its name with a torch.device).
+        parameters = outside + (0 if offload else -(-outside // world) + part_trained + share)
         frozen = sizes.frozen - sizes.frozen_divided + part - part_trained
+        # What is gathered ahead comes in one tensor, of which the weights are copies.
         live = _number(given["stage3_max_live_parameters"])
-        gathered = round(divided * min(1.0, live / max(1, sizes.number_divided)))
+        ahead = _number(given["stage3_prefetch_bucket_size"])
+        of_all = max(1, sizes.number_divided)
+        gathered = round(divided * (min(1.0, live / of_all) + min(1.0, ahead / of_all)))
         buckets = bucket
-        host = state + share - (-divided // world) if offload else 0
+        # The copy, its gradients, and the buffer that these are reduced into.
+        host = state + 3 * share - (-divided // world) if offload else 0
     gradients = sizes.number * FP32 if stage == 1 else 0 if offload else share
     # The step: gradients of the share laid flat, and what the optimizer takes for it, one tensor.
     # Stages 1 and 2 have given the gradients away by then, stage 3 keeps their buffer.

@@ -51,6 +51,7 @@ def own_row(planned: Planned, world: int, half: bool = False) -> Memory | None:
 def _part(seen: Rehearsal, share: float) -> Rehearsal:
     """Of a rank that trains a share of the numbers."""
     sizes: dict[str, Any] = {
-        name: round(getattr(seen, name) * share) for name in ("gradients", "optimizer", "step", "flat_step")
+        name: round(getattr(seen, name) * share)
+        for name in ("gradients", "optimizer", "step", "flat_step")
     }
     return replace(seen, **sizes)

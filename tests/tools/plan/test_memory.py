@@ -71,16 +71,28 @@ def test_stage_2_divides_gradients_too():
 
 
 def test_stage_3_divides_the_llm():
-    # Trained: 1600 outside the LLM whole, and a quarter of all 4000. Frozen: 400 outside, and a
-    # quarter of 3600. All 6000 bytes of the LLM are gathered; one bucket.
+    # Trained: 1600 outside the LLM whole, a quarter of all 4000, and its copy that is stepped.
+    # Frozen: 400 outside, and a quarter of 3600. All 6000 bytes of the LLM are gathered, out of as
+    # many in one tensor; one bucket.
     assert parts(zero(3, SIZES, SEEN, 4, options=SMALL)) == (
-        1600 + 1000, 400 + 900, 1000, 2000, 5000, 6000 + 400,
+        1600 + 2 * 1000, 400 + 900, 1000, 2000, 5000, 2 * 6000 + 400,
     )  # fmt: skip
 
 
 def test_stage_3_gathers_no_more_than_it_may():
-    given = {**SMALL, "stage3_max_live_parameters": "6e2"}  # a quarter of the LLM
-    assert zero(3, SIZES, SEEN, 4, options=given).transient == 1500 + 400
+    # A quarter of the LLM, a tenth of it ahead.
+    few = {"stage3_max_live_parameters": "6e2", "stage3_prefetch_bucket_size": 240}
+    assert zero(3, SIZES, SEEN, 4, options=SMALL | few).transient == 1500 + 600 + 400
+
+
+def test_zero_steps_a_share_as_one_tensor():
+    """The step counts where there are no activations: flat gradients, then what Adam takes."""
+    seen = replace(SEEN, activations=0, step=40, flat_step=9600)
+    # A share is 1000 bytes, Adam's 2400. Stage 1 has 4000 of gradients, which are gone by then.
+    assert zero(1, SIZES, seen, 4, options=SMALL).transient == 1000
+    assert zero(2, SIZES, seen, 4, options=SMALL).transient == 2400
+    small = {**SMALL, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    assert zero(3, SIZES, seen, 4, options=small).transient == 1000 + 2400  # its buffer stays
 
 
 def test_offloading_moves_the_state_to_the_host():
@@ -88,8 +100,9 @@ def test_offloading_moves_the_state_to_the_host():
     assert parts(two) == (4000, 4000, 0, 0, 5000, 800)
     assert two.host == 2000 + 3 * 1000  # state; flat share, its gradients, a buffer
     three = zero(3, SIZES, SEEN, 4, offload=True, options=SMALL)
-    assert parts(three) == (1600, 400, 0, 0, 5000, 6000 + 400)
-    assert three.host == 2000 + 1000 + 1500
+    assert parts(three) == (1600, 400, 0, 0, 5000, 2 * 6000 + 400)
+    # State; the copy that is stepped, its gradients, their buffer; a quarter of the LLM.
+    assert three.host == 2000 + 3 * 1000 + 1500
 
 
 def test_fsdp_divides_what_trains_and_the_llm():
@@ -120,13 +133,15 @@ def test_a_divided_encoder_that_gathers_more_than_layers_counts():
 
 
 def test_an_adam_of_seven_billion_takes_sixteen_bytes_a_number():
-    """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8."""
+    """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8; ZeRO's
+    copy 4 more.
+    """
     n = 7 * 10**9
     sizes = Sizes(trained=4 * n, frozen=0, trained_divided=4 * n, number=n, number_divided=n)
     seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, 0, {})
     assert ddp(sizes, seen, 1).total == 16 * n
     three = zero(3, sizes, seen, 8)
-    assert three.parameters + three.gradients + three.optimizer == 16 * n // 8
+    assert three.parameters + three.gradients + three.optimizer == 20 * n // 8
 
 
 def test_what_fits_leaves_room_for_cuda():

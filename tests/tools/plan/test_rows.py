@@ -83,8 +83,8 @@ def test_buckets_of_the_recipe_are_those_of_its_row(tmp_path):
 
 def test_layers_that_ranks_compute_together_are_a_part_on_each(tmp_path):
     options = [given("FSDP2", tensor_parallel=2)]
-    full = {"llm": {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-3}}}
-    found = planned(tmp_path, *options, model__tuning=full)
+    full = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-3}}
+    found = planned(tmp_path, *options, model__tuning__llm=full)
     linear, layers = found.sizes.layers - found.own_sizes.layers, found.sizes.layers
     assert 0.45 * layers < linear < 0.5 * layers  # all but the norms
     own = named(found)["fsdp2 (tensor_parallel: 2)"]
