@@ -243,7 +243,7 @@ def _optimizer(
 
 
 def _all_at_once(optimizer: torch.optim.Optimizer) -> float:
-    """How much more than the largest weight all of them are, where weights are stepped one by one."""
+    """How many times the largest weight all are together, where each is stepped by itself."""
     numbers = [p.numel() for group in optimizer.param_groups for p in group["params"]]
     together = all(group.get("foreach") for group in optimizer.param_groups)
     return 1.0 if together else sum(numbers) / max(numbers)
