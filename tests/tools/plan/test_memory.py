@@ -26,8 +26,8 @@ SIZES = Sizes(
 )
 # 5000 bytes of activations; the optimizer keeps 8 bytes a number, and takes 4 more in its step.
 SEEN = Rehearsal(
-    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, flat_step=4000,
-    casts=700, flops={},
+    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000,
+    flat_step=4000, casts=700, flops={},
 )  # fmt: skip
 SMALL = {"reduce_bucket_size": 100}
 
