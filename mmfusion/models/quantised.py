@@ -93,6 +93,12 @@ def stored_kind(config: Any, kind: Kind | None, path: str) -> str | None:
 @torch.no_grad()
 def quantise(model: Any, kind: Kind, dtype: torch.dtype) -> None:
     """Quantise a transformers model in place, which has its weights, or is on the meta device."""
+    from bitsandbytes import functional
+
+    with torch.device(
+        "cpu"
+    ):  # made with the first weights, which cannot be done on the meta device
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     before = dict(model.named_modules())
     quantizer = AutoHfQuantizer.from_config(_config(kind, dtype), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=_here())

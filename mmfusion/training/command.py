@@ -211,7 +211,8 @@ class RecipeCommand(LightningCLI):
                 f"sequence_parallel is {size}, but predict gives the loss of each sample from one "
                 "rank; add --sequence_parallel=1."
             )
-        together = getattr(self.trainer.strategy, "tensor_parallel", 1) if self.trainer else 1
+        given = self.trainer.strategy if self.trainer else self.config_init.trainer.get("strategy")
+        together = getattr(given, "tensor_parallel", 1)
         if size > 1 and together > 1:
             raise RecipeError(
                 f"sequence_parallel is {size} and the strategy's tensor_parallel {together}; set "

@@ -37,6 +37,9 @@ from tests.models.tiny import llama_config, save_tokenizer
 HERE = "tests.benchmarks.plan_memory"
 MIB = 1 << 20
 STEPS = 2
+IMPORTS = "deepspeed, peft, transformers.models.llama.modeling_llama, torch._dynamo"
+CODE = f"import {IMPORTS}; from mmfusion.cli import main; main()"
+"""What a fit imports on its way would count as its memory."""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
@@ -191,11 +194,8 @@ def measured(arguments: list[str], folder: Path, run: Path) -> float:
         f"--run_dir={run}", "--resume=none", "--wandb=off", "--data.num_workers=0",
         "--trainer.enable_progress_bar=false", f"--trainer.callbacks={json.dumps([callback])}",
     ]  # fmt: skip
-    # What a fit imports on its way would count as its memory.
-    imports = "deepspeed, peft, transformers.models.llama.modeling_llama, torch._dynamo"
-    code = f"import {imports}; from mmfusion.cli import main; main()"
     subprocess.run(
-        [sys.executable, "-c", code, "fit", *arguments, *options],
+        [sys.executable, "-c", CODE, "fit", *arguments, *options],
         env={**os.environ, **MALLOC},
         check=True,
     )

@@ -65,8 +65,9 @@ def run_checks(checks: Iterable[tuple[str, Callable[[], str]]]) -> list[Checked]
 def recipe_checks(command: RecipeCommand, world: int) -> Iterator[tuple[str, Callable[[], str]]]:
     """Those that need the recipe alone."""
     module, data, config = command.model, command.datamodule, command.config
-    yield "batch", lambda: batch(data.packs_per_step, data.packs_per_micro_batch, world)
-    yield "lanes", lambda: lanes(data.lanes, world)
+    together = data.ranks_per_pack
+    yield "batch", lambda: batch(data.packs_per_step, data.packs_per_micro_batch, world, together)
+    yield "lanes", lambda: lanes(data.lanes, world, together)
     yield "schedule", lambda: schedule(command)
     yield "tokenizer", lambda: tokenizer(module.model)
     for name, part in module.model.parts():
@@ -81,33 +82,57 @@ def recipe_checks(command: RecipeCommand, world: int) -> Iterator[tuple[str, Cal
     yield "W&B", lambda: wandb(config.run_dir, config.wandb, config.wandb_project)
 
 
-def batch(packs: int, micro: int, world: int) -> str:
-    """Whether a step divides evenly over ranks and micro-batches."""
-    if packs % (world * micro):
-        each = max(1, packs // (world * micro)) * world * micro
+def batch(packs: int, micro: int, world: int, together: int = 1) -> str:
+    """Whether a step divides evenly over ranks and micro-batches.
+
+    Args:
+        packs: of a step.
+        micro: of a micro-batch.
+        world: ranks.
+        together: neighbouring ranks that are given the same packs.
+    """
+    if world % together:
+        raise CheckError(
+            "ranks",
+            f"{world}, of which groups of {together} share their packs (sequence_parallel, or the "
+            "strategy's tensor_parallel)",
+            f"a multiple of {together}",
+            "change nodes or GPUs, or how many ranks share",
+        )
+    takers, who = world // together, _takers(world, together)
+    if packs % (takers * micro):
+        each = max(1, packs // (takers * micro)) * takers * micro
         raise CheckError(
             "data.packs_per_step",
-            f"{packs} packs on {world} ranks, {micro} in a micro-batch: some ranks have nothing to "
-            "do at the end of each step",
-            f"a multiple of {world} x {micro} = {world * micro}",
+            f"{packs} packs on {who}, {micro} in a micro-batch: some ranks have nothing to do at "
+            "the end of each step",
+            f"a multiple of {takers} x {micro} = {takers * micro}",
             f"set data.packs_per_step to {each}, or change data.packs_per_micro_batch, nodes or "
             "GPUs",
         )
-    return f"{packs} packs = {world} ranks x {packs // world // micro} micro-batches of {micro}"
+    return f"{packs} packs = {who} x {packs // takers // micro} micro-batches of {micro}"
 
 
-def lanes(count: int, world: int) -> str:
-    """Whether each rank has a lane of its own to plan."""
-    if count < world:
+def lanes(count: int, world: int, together: int = 1) -> str:
+    """Whether each rank, or group of ranks that are given the same packs, has a lane of its own to
+    plan.
+    """
+    takers, who = max(1, world // together), _takers(world, together)
+    if count < takers:
         raise CheckError(
             "data.lanes",
-            f"{count} lanes for {world} ranks: ranks that share a lane plan the same samples, each "
-            f"{math.ceil(world / count)} times",
-            f"{world} or more",
-            f"set data.lanes to {2 ** math.ceil(math.log2(world))}; a run that has begun cannot "
+            f"{count} lanes for {who}: those that share a lane plan the same samples, each "
+            f"{math.ceil(takers / count)} times",
+            f"{takers} or more",
+            f"set data.lanes to {2 ** math.ceil(math.log2(takers))}; a run that has begun cannot "
             "change it",
         )
-    return f"{count} for {world} ranks"
+    return f"{count} for {who}"
+
+
+def _takers(world: int, together: int) -> str:
+    """Those that are given packs of their own."""
+    return f"{world} ranks" if together == 1 else f"{world // together} groups of {together} ranks"
 
 
 def schedule(command: RecipeCommand) -> str:

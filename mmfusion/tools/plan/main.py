@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from mmfusion.tools.plan import tables
 from mmfusion.tools.plan.checks import Checked, disk, recipe_checks, run_checks
+from mmfusion.tools.plan.chosen import title
 from mmfusion.tools.plan.gpus import GPU, gpu_of
-from mmfusion.tools.plan.memory import Memory, strategies
-from mmfusion.tools.plan.recipe import Planned, plan_command
+from mmfusion.tools.plan.memory import Memory
+from mmfusion.tools.plan.recipe import Planned, plan_command, precision_of
 from mmfusion.tools.plan.rendezvous import Place, meet, meet_here, place_of
+from mmfusion.tools.plan.rows import rows
 from mmfusion.tools.plan.work import Work, work
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.command import RecipeCommand
-from mmfusion.training.strategies.fsdp2 import FSDP2
-from mmfusion.training.strategies.zero import ZeRO
 
 
 def plan(
@@ -81,10 +80,10 @@ class _Report:
         """Plan the recipe; whether it fits."""
         planned = plan_command(self.command, self.world)
         self.work = self._work(planned)
-        own, options = _strategy(self.command)
-        half = str(self.command.config.trainer.precision) == "bf16-mixed"
-        found = strategies(planned.sizes, planned.seen, self.world, options, half)
+        half = precision_of(self.command) == "bf16-mixed"
+        found = rows(planned, self.world, half)
         self._show(planned, self.work, found)
+        own = title(planned.strategy) if planned.strategy else None
         return tables.memory_problem(found, self.gpu, own)
 
     def disk(self) -> str:
@@ -134,20 +133,6 @@ def _saving(command: RecipeCommand) -> RunCheckpoint:
     given = command.config_init.trainer.get("callbacks") or []
     own = [callback for callback in given if isinstance(callback, RunCheckpoint)]
     return own[0] if own else command.config_init.checkpoint
-
-
-def _strategy(command: RecipeCommand) -> tuple[str | None, dict[str, Any]]:
-    """The recipe's strategy by its name here, and what it sets of ZeRO; None where it is
-    Lightning's to choose.
-    """
-    given = command.config.get("strategy") or command.config_init.trainer.get("strategy")
-    if isinstance(given, ZeRO):
-        config: dict[str, Any] = dict(given.config or {})  # type: ignore[arg-type]
-        name = f"deepspeed_{given.stage}" + ("_offload" if given.offload else "")
-        return name, config["zero_optimization"]
-    if isinstance(given, FSDP2):
-        return "fsdp2", {}
-    return (given if given != "auto" else None) if isinstance(given, str) else None, {}
 
 
 def _tell(failed: list[Checked]) -> None:

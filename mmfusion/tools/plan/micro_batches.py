@@ -74,7 +74,8 @@ def made_up(data: MultimodalData, processor: Processor, world: int) -> Given:
     """A micro-batch of packs of samples that have an item each, of the modalities in turn, and a
     few dozen words; where no example fits, of words alone.
     """
-    count = min(data.packs_per_micro_batch, -(-data.packs_per_step // world))
+    takers = max(1, world // data.ranks_per_pack)
+    count = min(data.packs_per_micro_batch, -(-data.packs_per_step // takers))
     kinds, left_out = _kinds(processor, data.pack_tokens)
     pack: list[EncodedSample] = []
     room = data.pack_tokens

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mmfusion import tuning
 from mmfusion.audit import audit
+from mmfusion.tools.plan.chosen import chosen, made, title, unknown, why_refused
 from mmfusion.tools.plan.micro_batches import Given, made_up, micro_batches
 from mmfusion.tools.plan.rehearsal import Rehearsal, rehearse
 from mmfusion.tools.plan.sequence import RehearsedGroup
@@ -18,6 +20,14 @@ from mmfusion.training.checkpoint import read_checkpoint, trained_names
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.resume import complete_checkpoint
+from mmfusion.training.strategies.fsdp2 import FSDP2
+from mmfusion.training.strategies.names import OURS
+from mmfusion.training.strategies.shares import divide
+from mmfusion.training.strategies.tensor import divided_weights
+
+LLM = "llm"
+ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's other names of precisions."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,9 @@ class Planned:
         steps: optimizer steps of the run, None where it has no end.
         inherited: bytes of what an earlier stage trained and this one keeps.
         notes: what was assumed.
+        strategy: the recipe's own, as :func:`mmfusion.tools.plan.chosen.chosen` gives it.
+        own_sizes: of the weights as that one divides them.
+        refused: what strategies say of the recipe, by their title, where they do not take it.
     """
 
     sizes: Sizes
@@ -41,6 +54,9 @@ class Planned:
     steps: int | None
     inherited: int
     notes: list[str]
+    strategy: Any
+    own_sizes: Sizes
+    refused: Mapping[str, str]
 
 
 def plan_recipe(arguments: Sequence[str], world: int, on_gpu: bool = True) -> Planned:
@@ -92,21 +108,51 @@ def plan_command(command: RecipeCommand, world: int, on_gpu: bool = True) -> Pla
         )
     if module.compile_llm:
         notes.append("model.compile fuses operations: activations are a little less than here.")
+    strategy, precision = chosen(command), precision_of(command)
+    notes += unknown(strategy)
+    refused = {
+        title(one): why
+        for one in (*map(made, OURS), strategy)
+        if (why := why_refused(one, module, precision))
+    }
     found, inherited = sizes(module), _inherited(module)
+    own = found if title(strategy) in refused else _as_divided(module, strategy)
     frozen = {
         name
         for name, part in module.model.parts()
         if not any(p.requires_grad for p in part.parameters())
     }
     splits = data.micro_batches_per_step(world)
-    batches, sharing = given.batches, data.ranks_per_pack
+    batches, sharing = given.batches, int(command.config.sequence_parallel)
     if sharing > 1:
         module.model.sequence_group = RehearsedGroup(sharing)
         batches = [module.own_part(batch) for batch in batches]
-    seen = rehearse(module, batches, str(command.config.trainer.precision), splits > 1, on_gpu)
-    seen = replace(seen, flops={key: sharing * one for key, one in seen.flops.items()})
-    steps = _steps(command, given)
-    return Planned(found, seen, given, frozen, steps, inherited, notes)
+    seen = rehearse(module, batches, precision, splits > 1, on_gpu)
+    # Ranks that compute the LLM's layers together compute everything else alike.
+    alike = data.ranks_per_pack // sharing
+    flops = {
+        (phase, part): sharing * (1 if part == LLM else alike) * one
+        for (phase, part), one in seen.flops.items()
+    }
+    seen, steps = replace(seen, flops=flops), _steps(command, given)
+    return Planned(
+        found, seen, given, frozen, steps, inherited, notes, strategy, own, refused
+    )  # fmt: skip
+
+
+def precision_of(command: RecipeCommand) -> str:
+    """``trainer.precision`` by its long name."""
+    given = str(command.config.trainer.precision)
+    return ALIASES.get(given, given)
+
+
+def _as_divided(module: MultimodalModule, strategy: Any) -> Sizes:
+    """Of the weights as a strategy divides them; the module is told what it divides."""
+    asked = [getattr(strategy, name, False) for name in ("divide_encoders", "divide_denoisers")]
+    divide(module, *asked)
+    together = strategy.tensor_parallel if isinstance(strategy, FSDP2) else 1
+    shared = divided_weights(module.model.llm, together) if together > 1 else set()
+    return sizes(module, together, shared)
 
 
 def _inherited(module: MultimodalModule) -> int:

@@ -40,6 +40,7 @@ class Rehearsal:
         gradients: of everything that trains.
         optimizer: what the optimizer keeps between steps.
         step: what it takes besides while it steps.
+        flat_step: the same, were all that trains one tensor.
         casts: of the activations, autocast's copies of weights in half precision.
         flops: by (phase, part), mean of the micro-batches; phases are ``forward``, ``backward`` and
             ``recompute`` (gradient checkpointing).
@@ -51,6 +52,7 @@ class Rehearsal:
     gradients: int
     optimizer: int
     step: int
+    flat_step: int
     casts: int
     flops: Mapping[tuple[str, str], float]
 
@@ -107,6 +109,7 @@ def rehearse(
         gradients=trace.gradients,
         optimizer=kept,
         step=step,
+        flat_step=round(step * _all_at_once(optimizer)),
         casts=most.casts,
         flops={key: count / len(batches) for key, count in trace.flops.items()},
     )
@@ -237,6 +240,13 @@ def _optimizer(
         if on_gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice there
     return optimizer
+
+
+def _all_at_once(optimizer: torch.optim.Optimizer) -> float:
+    """How many times the largest weight all are together, where each is stepped by itself."""
+    numbers = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+    together = all(group.get("foreach") for group in optimizer.param_groups)
+    return 1.0 if together else sum(numbers) / max(numbers)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from mmfusion.tools.plan.memory import RESERVED, Memory
 from mmfusion.tools.plan.recipe import Planned
 from mmfusion.tools.plan.tracing import BACKWARD, ELSEWHERE, FORWARD, RECOMPUTE
 from mmfusion.tools.plan.work import GPU_HOURS_A_FAILURE, Work
+from mmfusion.training.strategies.names import OURS
 
 GIB, MIB = 1 << 30, 1 << 20
 COLUMNS = (
@@ -20,7 +21,8 @@ COLUMNS = (
 MEMORY_NOTE = (
     "At the moment that takes most. parameters: what trains, with a strategy's copies. transient: "
     "buckets, gathered weights, the optimizer's step. fits: with 1 GiB for CUDA, NCCL and "
-    "workspaces. Not counted: fragmentation, loader processes, judges, answers of validations."
+    "workspaces; refused: the strategy does not take the recipe. Not counted: fragmentation, "
+    "loader processes, judges, answers of validations."
 )
 
 
@@ -30,7 +32,8 @@ def memory_table(found: Sequence[Memory], gpu: GPU, world: int) -> Table:
         title=f"GiB of each of {world} GPUs, which have {gpu.memory / GIB:.1f} ({gpu.name})",
         title_justify="left",
     )
-    table.add_column("strategy", no_wrap=True)
+    # As wide as those of one word; the recipe's own may have options, which are wrapped.
+    table.add_column("strategy", min_width=max(map(len, OURS)))
     for name in COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("fits")
@@ -38,7 +41,7 @@ def memory_table(found: Sequence[Memory], gpu: GPU, world: int) -> Table:
         table.add_column("host", justify="right")
     for memory in found:
         row = [f"{getattr(memory, name) / GIB:,.2f}" for name in COLUMNS]
-        fits = "yes" if memory.fits(gpu.memory) else "no"
+        fits = "yes" if memory.fits(gpu.memory) else "refused" if memory.refused else "no"
         shown = [f"{memory.host / GIB:,.2f}" if memory.host else ""] if host else []
         table.add_row(memory.strategy, *row, fits, *shown)
     return table
@@ -102,11 +105,14 @@ def checks_table(found: Sequence[Checked]) -> Table:
 def memory_problem(found: Sequence[Memory], gpu: GPU, wanted: str | None) -> str:
     """What is wrong with the recipe's own strategy, or with all of them; else what fits."""
     fitting = [memory.strategy for memory in found if memory.fits(gpu.memory)]
-    least = min(found, key=lambda memory: memory.total)
+    takes = [memory for memory in found if not memory.refused]
+    least = min(takes, key=lambda memory: memory.total)
     own = next((memory for memory in found if memory.strategy == wanted), None)
     usable = (gpu.memory - RESERVED) / GIB
+    do = f"use {fitting[0]}" if fitting else _smaller()
+    if own is not None and own.refused:
+        raise ValueError(f"trainer.strategy {own.strategy} refuses the recipe: {own.refused}")
     if own is not None and not own.fits(gpu.memory):
-        do = f"use {fitting[0]}" if fitting else _smaller()
         raise ValueError(
             f"trainer.strategy {own.strategy}: it takes {own.total / GIB:.1f} GiB of a GPU. "
             f"Expected: at most {usable:.1f} on {gpu.name}. Do this: {do}."
@@ -116,7 +122,10 @@ def memory_problem(found: Sequence[Memory], gpu: GPU, wanted: str | None) -> str
             f"no strategy fits: {least.strategy} takes least, {least.total / GIB:.1f} GiB of a "
             f"GPU. Expected: at most {usable:.1f} on {gpu.name}. Do this: {_smaller()}."
         )
-    return "fits: " + ", ".join(fitting)
+    said = "fits: " + ", ".join(fitting)
+    if wanted and own is None:
+        said += f". trainer.strategy {wanted} is none that is planned: its memory is not known"
+    return said
 
 
 def _smaller() -> str:

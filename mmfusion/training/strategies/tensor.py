@@ -30,8 +30,28 @@ def divide_layers(llm: LLM, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: where the LLM has no plan, or one that cannot be followed.
     """
-    plan, size = llm.tensor_plan(mesh.size()), mesh.size()
-    name = type(llm).__name__
+    for layer, styles in _layers(llm, mesh.size()):
+        for place, style in styles.items():
+            style.src_data_rank = None  # every rank has read the same weights
+            parallelize_module(layer, mesh, {place: style}, src_data_rank=None)
+
+
+def divided_weights(llm: LLM, size: int) -> set[nn.Parameter]:
+    """What :func:`divide_layers` divides among ``size`` ranks; it raises what that raises."""
+    found: set[nn.Parameter] = set()
+    for layer, styles in _layers(llm, size):
+        for place, style in styles.items():
+            module = layer.get_submodule(place)
+            by_row = isinstance(style, RowwiseParallel)
+            found |= {p for name, p in module.named_parameters() if not by_row or name == "weight"}
+    return found
+
+
+def _layers(
+    llm: LLM, size: int
+) -> Iterator[tuple[nn.Module, dict[str, ColwiseParallel | RowwiseParallel]]]:
+    """Each layer, and how its modules are divided, by their names there."""
+    plan, name = llm.tensor_plan(size), type(llm).__name__
     if not plan:
         raise ValueError(
             f"tensor_parallel is {size}, but {name} has no plan for it; leave tensor_parallel out."
@@ -43,10 +63,7 @@ def divide_layers(llm: LLM, mesh: DeviceMesh) -> None:
         )
     for layer in llm.layers:
         _refuse_between(layer, plan)
-        styles = dict(_styles(layer, plan, size))
-        for place, style in styles.items():
-            style.src_data_rank = None  # every rank has read the same weights
-            parallelize_module(layer, mesh, {place: style}, src_data_rank=None)
+        yield layer, dict(_styles(layer, plan, size))
 
 
 def _styles(

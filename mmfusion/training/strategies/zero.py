@@ -106,10 +106,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Lightning's own takes GPUs alone."""
-        if (given := self.precision_plugin.precision) not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {given}; ZeRO trains in {' or '.join(PRECISIONS)}."
-            )
+        refuse_precision(given := self.precision_plugin.precision)
         if given == "bf16-mixed":
             # As under DDP: what trains, its gradients and what is sent of it stay in fp32.
             # DeepSpeed switches off an autocast that is not its own.
@@ -173,7 +170,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         self._frozen = frozen_parts(self._module)
         for owner, name in self._frozen:
             owner.get_submodule(name).to(self.root_device)
-        with _left_out(self._frozen):
+        with left_out(self._frozen):
             refuse_numbers(model)
             if self.stage == 3:
                 self._divide()
@@ -252,7 +249,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         module, engine = self._module, self.deepspeed_engine
         closure()
         self.precision_plugin._after_closure(module, optimizer)
-        with _left_out(self._frozen):
+        with left_out(self._frozen):
             engine.step()
         if not engine.was_step_applied() and not module.leaves_step_out:
             module.refuse_step()
@@ -296,8 +293,18 @@ def whole_modules(module: MultimodalModule) -> list[nn.Module]:
     return [part for part in module.modules() if part not in shared and part is not module]
 
 
+def refuse_precision(given: str) -> None:
+    """Refuse those that DeepSpeed would train otherwise than DDP does.
+
+    Raises:
+        ValueError: for them.
+    """
+    if given not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {given}; ZeRO trains in {' or '.join(PRECISIONS)}.")
+
+
 @contextmanager
-def _left_out(parts: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+def left_out(parts: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """DeepSpeed shards every parameter that it finds; these it does not find."""
     taken = [(owner, name, owner._modules[name]) for owner, name in parts]
     for owner, name, _ in taken:

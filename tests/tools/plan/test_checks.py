@@ -58,6 +58,37 @@ def test_ranks_without_a_lane_of_their_own_fail():
         checks.lanes(64, 65)
 
 
+def test_ranks_that_share_packs_are_given_them_as_one():
+    assert checks.batch(2, 1, 8, 4) == "2 packs = 2 groups of 4 ranks x 1 micro-batches of 1"
+    assert checks.lanes(2, 8, 4) == "2 for 2 groups of 4 ranks"
+    with pytest.raises(CheckError, match=SAYS + "set data.packs_per_step to 2,"):
+        checks.batch(3, 1, 8, 4)
+    with pytest.raises(CheckError, match=SAYS + "set data.lanes to 2; a run that has begun"):
+        checks.lanes(1, 8, 4)
+    with pytest.raises(CheckError, match=r"groups of 4 .*Expected: a multiple of 4\."):
+        checks.batch(2, 1, 6, 4)
+
+
+SHARED = {
+    "sequence_parallel": ["--sequence_parallel=2"],
+    "tensor_parallel": [
+        "--trainer.strategy=mmfusion.training.strategies.fsdp2.FSDP2",
+        "--trainer.strategy.tensor_parallel=2",
+    ],
+}
+
+
+@pytest.mark.parametrize("option", [*SHARED])
+def test_a_recipe_whose_ranks_share_packs_passes(option, tmp_path):
+    """Four packs on eight ranks, two of which are given the same ones: four lanes are enough."""
+    recipe = write_recipe(tmp_path, data__packs_per_micro_batch=1, data__lanes=4)
+    command = RecipeCommand("", ["--config", str(recipe), *SHARED[option]])
+    found = {check.name: check for check in run_checks(recipe_checks(command, 8))}
+    assert found["batch"].said == "4 packs = 4 groups of 2 ranks x 1 micro-batches of 1"
+    assert found["batch"].passed
+    assert found["lanes"].passed
+
+
 def test_whole_weights_pass(home):
     assert "MiB" in weights(home / "llm")
     assert "MiB" in checks.weights(HFVision(str(home / "clip")), None)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mmfusion.tools.plan.memory import RESERVED, alone, ddp, fsdp2, strategies, zero
@@ -24,8 +26,8 @@ SIZES = Sizes(
 )
 # 5000 bytes of activations; the optimizer keeps 8 bytes a number, and takes 4 more in its step.
 SEEN = Rehearsal(
-    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000, casts=700,
-    flops={},
+    peak=8500, activations=5000, by_part={}, gradients=4000, optimizer=8000, step=4000,
+    flat_step=4000, casts=700, flops={},
 )  # fmt: skip
 SMALL = {"reduce_bucket_size": 100}
 
@@ -48,7 +50,7 @@ def test_one_process_holds_everything_at_the_moment_that_takes_most():
 
 
 def test_a_step_that_takes_more_than_the_backward_pass_counts():
-    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, 0, {})
+    seen = Rehearsal(4100, 100, {}, 4000, 8000, 4000, 4000, 0, {})
     found = alone(SIZES, seen)
     assert found.total == 4000 + 4000 + 4000 + 8000 + 4000  # weights, frozen, grads, state, step
     assert found.transient == 3900
@@ -69,16 +71,28 @@ def test_stage_2_divides_gradients_too():
 
 
 def test_stage_3_divides_the_llm():
-    # Trained: 1600 outside the LLM whole, and a quarter of all 4000. Frozen: 400 outside, and a
-    # quarter of 3600. All 6000 bytes of the LLM are gathered; one bucket.
+    # Trained: 1600 outside the LLM whole, a quarter of all 4000, and its copy that is stepped.
+    # Frozen: 400 outside, and a quarter of 3600. All 6000 bytes of the LLM are gathered, out of as
+    # many in one tensor; one bucket.
     assert parts(zero(3, SIZES, SEEN, 4, options=SMALL)) == (
-        1600 + 1000, 400 + 900, 1000, 2000, 5000, 6000 + 400,
+        1600 + 2 * 1000, 400 + 900, 1000, 2000, 5000, 2 * 6000 + 400,
     )  # fmt: skip
 
 
 def test_stage_3_gathers_no_more_than_it_may():
-    given = {**SMALL, "stage3_max_live_parameters": "6e2"}  # a quarter of the LLM
-    assert zero(3, SIZES, SEEN, 4, options=given).transient == 1500 + 400
+    # A quarter of the LLM, a tenth of it ahead.
+    few = {"stage3_max_live_parameters": "6e2", "stage3_prefetch_bucket_size": 240}
+    assert zero(3, SIZES, SEEN, 4, options=SMALL | few).transient == 1500 + 600 + 400
+
+
+def test_zero_steps_a_share_as_one_tensor():
+    """The step counts where there are no activations: flat gradients, then what Adam takes."""
+    seen = replace(SEEN, activations=0, step=40, flat_step=9600)
+    # A share is 1000 bytes, Adam's 2400. Stage 1 has 4000 of gradients, which are gone by then.
+    assert zero(1, SIZES, seen, 4, options=SMALL).transient == 1000
+    assert zero(2, SIZES, seen, 4, options=SMALL).transient == 2400
+    small = {**SMALL, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    assert zero(3, SIZES, seen, 4, options=small).transient == 1000 + 2400  # its buffer stays
 
 
 def test_offloading_moves_the_state_to_the_host():
@@ -86,8 +100,9 @@ def test_offloading_moves_the_state_to_the_host():
     assert parts(two) == (4000, 4000, 0, 0, 5000, 800)
     assert two.host == 2000 + 3 * 1000  # state; flat share, its gradients, a buffer
     three = zero(3, SIZES, SEEN, 4, offload=True, options=SMALL)
-    assert parts(three) == (1600, 400, 0, 0, 5000, 6000 + 400)
-    assert three.host == 2000 + 1000 + 1500
+    assert parts(three) == (1600, 400, 0, 0, 5000, 2 * 6000 + 400)
+    # State; the copy that is stepped, its gradients, their buffer; a quarter of the LLM.
+    assert three.host == 2000 + 3 * 1000 + 1500
 
 
 def test_fsdp_divides_what_trains_and_the_llm():
@@ -104,14 +119,29 @@ def test_fsdp_on_one_gpu_divides_and_gathers_nothing():
     assert parts(fsdp2(SIZES, SEEN, 1)) == (4000, 4000, 4000, 8000, 5000, 0)
 
 
+def test_offloaded_fsdp_has_its_shares_on_the_host():
+    # Shares of weights, frozen ones, gradients, state and step; the layers are gathered all the
+    # same, and with two of them gathered for good both are there (5400 and 2700 of gradients).
+    assert parts(fsdp2(SIZES, SEEN, 4, offload=True)) == (0, 400, 0, 0, 5000, 2200 + 3 * 2700)
+    assert fsdp2(SIZES, SEEN, 4, offload=True).host == 1000 + 900 + 1000 + 2000 + 1000
+    assert fsdp2(SIZES, SEEN, 4, reshard=False).transient == 2200 + 5400 + 2700
+
+
+def test_a_divided_encoder_that_gathers_more_than_layers_counts():
+    sizes = replace(SIZES, frozen=54000, parts=50000, gathered_part=20000)
+    assert fsdp2(sizes, SEEN, 4).transient == 2200 + 20000
+
+
 def test_an_adam_of_seven_billion_takes_sixteen_bytes_a_number():
-    """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8."""
+    """bf16-mixed full tuning of 7e9 numbers: weights, gradients 4 bytes each, state 8; ZeRO's
+    copy 4 more.
+    """
     n = 7 * 10**9
     sizes = Sizes(trained=4 * n, frozen=0, trained_divided=4 * n, number=n, number_divided=n)
-    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, {})
+    seen = Rehearsal(4 * n, 0, {}, 4 * n, 8 * n, 0, 0, 0, {})
     assert ddp(sizes, seen, 1).total == 16 * n
     three = zero(3, sizes, seen, 8)
-    assert three.parameters + three.gradients + three.optimizer == 16 * n // 8
+    assert three.parameters + three.gradients + three.optimizer == 20 * n // 8
 
 
 def test_what_fits_leaves_room_for_cuda():

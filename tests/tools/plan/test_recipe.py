@@ -127,6 +127,15 @@ def test_ranks_that_share_packs_keep_a_part_each_and_compute_as_much(tmp_path):
     assert shared.seen.work(BACKWARD) == pytest.approx(alone.seen.work(BACKWARD), rel=0.05)
 
 
+def test_packs_are_made_up_for_those_that_are_given_their_own(tmp_path):
+    """Four packs of a step on four ranks, two of which share: two in a micro-batch."""
+    path = write_recipe(tmp_path, data__packs_per_micro_batch=4)
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    assert planned(path, world=4).given.packs == 1
+    assert planned(path, "--sequence_parallel=2", world=4).given.packs == 2
+
+
 def test_accumulated_gradients_stay(tmp_path):
     path = write_recipe(tmp_path)
     one = planned(path, "--data.packs_per_step=2")

@@ -17,6 +17,7 @@ SEEN = Rehearsal(
     gradients=0,
     optimizer=8 * 10**9,
     step=0,
+    flat_step=0,
     casts=0,
     flops={
         (FORWARD, "encoders.image"): 1e12,
