@@ -51,6 +51,6 @@ def test_a_signal_to_the_whole_group_loses_no_batch(start_method):
     code = f"from {__name__} import *; signal_the_group({start_method!r})"
     program = [sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"]
     done = subprocess.run(
-        program, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+        program, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
