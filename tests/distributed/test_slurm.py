@@ -96,9 +96,10 @@ class Launched:
         csv = self.run.path / "metrics.csv"
         self.until(lambda: csv.exists() and max(losses(self.run), default=-1) >= step)
 
-    def to_the_end(self) -> dict[int, str]:
+    def to_the_end(self, seconds: float = 120) -> dict[int, str]:
         """Its losses."""
-        self.until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.until(lambda: self.state() in ends, seconds)
         assert self.state() == "COMPLETED", self.log()
         assert self.run.status()["state"] == "finished"
         return losses(self.run)
@@ -136,7 +137,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(cluster, home, whole):
     (home / "late.yaml").write_text(yaml.safe_dump(content))
     options = ["--time=00:03:00", f"--site={home}/late.yaml", f"--trainer.callbacks=[{pause}]"]
     job = launch(cluster, home, "in_time", *options)
-    assert job.to_the_end() == whole
+    assert job.to_the_end(300) == whole
     assert "code 75, queued again" in job.log()
     assert int(cluster.job(job.number)["Restarts"]) == 1
     steps = [json.loads((a / "attempt.json").read_text())["step"] for a in job.run.attempts()]
