@@ -95,9 +95,8 @@ def quantise(model: Any, kind: Kind, dtype: torch.dtype) -> None:
     """Quantise a transformers model in place, which has its weights, or is on the meta device."""
     from bitsandbytes import functional
 
-    with torch.device(
-        "cpu"
-    ):  # made with the first weights, which cannot be done on the meta device
+    # Else made with the first weights, which cannot be done on the meta device.
+    with torch.device("cpu"):
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     before = dict(model.named_modules())
     quantizer = AutoHfQuantizer.from_config(_config(kind, dtype), pre_quantized=False)

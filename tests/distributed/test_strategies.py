@@ -164,7 +164,7 @@ def test_bf16_is_that_of_one_process(home, half, name):
     assert fmean(apart) < max(4 * near, 1e-5), apart
     kept, expected = (read_checkpoint(by_step(p / "checkpoints")[-1]) for p in (path, whole))
     assert {tensor.dtype for tensor in kept["state_dict"].values()} == {torch.float32}
-    # All together: Adam makes much of single small gradients.
+    # All together: Adam makes much of single small gradients. ZeRO 3 was 0.037 away.
     ours, theirs = (
         torch.cat([w.flatten() for key, w in sorted(one["state_dict"].items()) if "lora_B" in key])
         for one in (kept, expected)
