@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,24 +91,46 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_shards(
         self, checkpoint: Mapping[str, Any], folder: Path, rank: int, world: int
-    ) -> dict[str, manifest.Entry]:
+    ) -> Future[dict[str, manifest.Entry]]:
         """Write what this rank holds of a checkpoint, and on rank 0 the rest of it.
 
         Returns:
-            The entries of these files for the manifest, without which the folder is not finished.
+            What has the entries of these files for the manifest, once they are written, or an
+            OSError. Where ``behind`` is not set it has to be waited for before training goes on.
 
         Raises:
             ValueError: as :meth:`save_checkpoint`.
-            OSError: where they cannot be written.
         """
         rest, shares = sharded.split(checkpoint, rank, world)
-        names = [sharded.write(folder, rank, shares)]
         if rank == 0:
             _check_plain(rest, "")
+        if self.behind:
+            rest = _copy(rest)
+            shares = [replace(share, values=_copy(share.values)) for share in shares]
+        given = rest if rank == 0 else None
+        return self._thread.submit(self._write_shards, folder, rank, shares, given)
+
+    def _write_shards(
+        self, folder: Path, rank: int, shares: list[sharded.Share], rest: dict[str, Any] | None
+    ) -> dict[str, manifest.Entry]:
+        names = [sharded.write(folder, rank, shares)]
+        if rest is not None:
             names.append(sharded.REST)
             with write_whole(str(folder / sharded.REST)) as file:
                 _save(rest, file)
         return {name: manifest.entry(folder / name) for name in names}
+
+    def finish_shards(self, folder: Path, entries: Mapping[str, manifest.Entry]) -> None:
+        """Write the manifest of what all ranks have written, as a checkpoint of one file is
+        written: :meth:`wait` says how it went.
+        """
+        self._writing = self._thread.submit(self._finish, folder, entries, self.about)
+
+    def _finish(
+        self, folder: Path, entries: Mapping[str, manifest.Entry], about: Mapping[str, Any]
+    ) -> None:
+        manifest.write(folder, entries, about)
+        self.done(folder)
 
     @property
     def busy(self) -> bool:

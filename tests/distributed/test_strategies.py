@@ -74,7 +74,8 @@ def recipe(home: Path) -> Path:
         model__llm__init_args__gradient_checkpointing=True,
         model__tuning__llm__init_args__lr=3e-2,
         data__packs_per_micro_batch=1,
-        checkpoint__every_n_steps=STEPS // 2,
+        checkpoint__every_n_steps=STEPS // 4,
+        checkpoint__keep_last=4,
     )
 
 
@@ -313,6 +314,40 @@ def test_shards_are_the_checkpoint_of_one_process(home, recipe, alone, together,
     stopped(home, recipe, f"shards on {name}", 1, "--resume=must", "--checkpoint.sharded=true")
     stopped(home, recipe, f"shards on {name}", 2, *options, "--resume=must")
     assert curve(path) == pytest.approx(curve(alone)[:3], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "deepspeed_3, all divided", "fsdp2"])
+def test_shards_written_behind_are_what_was_trained_when_they_were_due(
+    home, recipe, alone, together, name
+):
+    """One rank is slow: no step waits for it, what is due meanwhile is left out, and the folder
+    counts once all have written theirs."""
+    slow = {"class_path": "tests.training.tiny.HeldShards", "init_args": {"until": 16}}
+    saving = ["--checkpoint.sharded=true", "--checkpoint.behind=true"]
+    path = run(
+        home,
+        recipe,
+        f"behind on {name}",
+        2,
+        *GIVEN[name],
+        *saving,
+        f"--trainer.callbacks+={slow}",
+    )
+    first, *later = by_step(path / "checkpoints")
+    assert first.name == "step-00000005"
+    assert [one.name for one in later] == ["step-00000020"]
+    said = (path / "attempts/0001/log.txt").read_text()
+    assert "step 10 is not saved" in said
+    assert "step 15 is not saved" in said
+    assert [why_incomplete(one) for one in (first, *later)] == [None, None]
+    assert (path / "checkpoints/latest").read_text().strip() == "step-00000020"
+    assert curve(path) == pytest.approx(curve(alone), abs=1e-5)
+    known, *_, last = by_step(together(name) / "checkpoints")
+    for one, other in ((first, known), (later[0], last)):
+        ours, theirs = read_checkpoint(one), read_checkpoint(other)
+        torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], atol=0, rtol=0)
+        (mine,), (its,) = ours["optimizer_states"], theirs["optimizer_states"]
+        torch.testing.assert_close(mine["state"], its["state"], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("fields", [{"zero_optimization": "x"}, {"bf16": True}, {"fp16": None}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mmfusion.models.any_to_any import AnyToAnyModel
 from mmfusion.models.projectors.base import Projector
 from mmfusion.objectives.base import Loss
 from mmfusion.objectives.next_token import NextToken
+from mmfusion.training import sharded
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.checkpoint import REQUIRED_KEYS
 from mmfusion.training.run import RunDirectory
@@ -109,6 +111,26 @@ class Pause(L.Callback):
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == self.step:
             time.sleep(self.seconds)
+
+
+class HeldShards(L.Callback):
+    """The last rank's file of the first checkpoint is not written before a step has ended."""
+
+    def __init__(self, until: int) -> None:
+        self.until, self.ended = until, threading.Event()
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        write = sharded.write
+
+        def held(*args: Any) -> str:
+            assert trainer.global_rank != trainer.world_size - 1 or self.ended.wait(60)
+            return write(*args)
+
+        sharded.write = held
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.until:
+            self.ended.set()
 
 
 class UntilAskedToStop(L.Callback):

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.stopping import STOPPING, RunInterrupted
-from mmfusion.training.agreement import gather
 from mmfusion.training.checkpoint import (
     FOLDER,
     LATEST,
@@ -25,11 +24,13 @@ from mmfusion.training.checkpoint import (
     replace_text,
 )
 from mmfusion.training.frozen_weights import divided, fingerprints, other_weights
-from mmfusion.training.manifest import Entry, Manifest, write
+from mmfusion.training.manifest import Manifest
 from mmfusion.training.module import MultimodalModule
 from mmfusion.training.remote import RemoteCopy
 from mmfusion.training.resume import by_step, remove, step_of
+from mmfusion.training.rewind import Rewind
 from mmfusion.training.run import fingerprint, now, versions
+from mmfusion.training.shard_saves import ShardSaves
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class RunCheckpoint(Checkpoint):
         keep_last: how many of the newest stay; at least 2.
         keep_every_n_steps: checkpoints at multiples of this stay for good (None: none do).
         behind: write while training goes on. A step then waits for a copy in the host's memory
-            alone, which takes as much of that as the checkpoint takes on disk; where one is still
+            alone, which takes as much of that as the checkpoint (or this rank's share of it) takes
+            on disk; where one is still
             being written when the next is due, that one is left out. The last one is waited for.
         sharded: a folder of files, one of each rank, in place of one file that rank 0 gathers: for
             large LLMs that train whole. Any number of ranks goes on from it.
@@ -89,8 +91,6 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
-        if behind and sharded:
-            raise ValueError("checkpoint.behind and checkpoint.sharded are both set; give one.")
         self.behind = behind
         self.sharded = sharded
         self.remote = RemoteCopy(remote) if remote else None
@@ -99,6 +99,7 @@ class RunCheckpoint(Checkpoint):
         self._before: Manifest | None = None
         self._allow_change = False
         self._saved_step = -1
+        self._shards = ShardSaves()
         self._signal = 0
         self._deadline = math.inf
         self._stopping: RunInterrupted | None = None
@@ -130,7 +131,8 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""
         self.folder = Path(trainer.default_root_dir) / FOLDER
-        cast(MultimodalModule, pl_module).flags["stop"] = self._asked
+        flags = cast(MultimodalModule, pl_module).flags
+        flags["stop"], flags["writing"] = self._asked, self._shards.writing
         if hasattr(trainer.strategy, "sharded"):
             trainer.strategy.sharded = self.sharded
         self._deadline = float(os.environ.get(DEADLINE) or "inf")
@@ -154,7 +156,10 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        stop = bool(cast(MultimodalModule, pl_module).agreed["stop"])
+        agreed = cast(MultimodalModule, pl_module).agreed
+        if not agreed["writing"]:
+            self._shards.finish(self._files(trainer))
+        stop = bool(agreed["stop"])
         final = stop or step == trainer.max_steps
         if final or step % self.every_n_steps == 0:
             self.save(trainer, final)
@@ -184,7 +189,9 @@ class RunCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Give the signals back; where all ranks go back, to what they have just written too."""
+        if isinstance(exception, Rewind):
+            self._shards.finish(self._files(trainer))
         self._release()
 
     def save(self, trainer: L.Trainer, final: bool = True) -> None:
@@ -195,54 +202,35 @@ class RunCheckpoint(Checkpoint):
             trainer: of the run.
             final: the run ends: wait until it is there.
         """
-        step = trainer.global_step
-        if step == self._saved_step:
-            return
-        files = self._files(trainer)
-        if self.sharded:
-            self._save_shards(trainer)
+        step, files = trainer.global_step, self._files(trainer)
+        if final:
+            self._shards.finish(files)
+        if step != self._saved_step:
+            busy = self._shards.unfinished or files.busy
+            if not final and bool(trainer.strategy.broadcast(busy)):
+                log.warning("step %d is not saved: the checkpoint before is still written", step)
+                return
+            self._begin(trainer, files)
             self._saved_step = step
-            trainer.strategy.barrier("RunCheckpoint.save")
-            return
-        if not final and bool(trainer.strategy.broadcast(files.busy)):
-            log.warning("step %d is not saved: the checkpoint before is still written", step)
-            return
-        files.behind, files.done, files.raises = self.behind, self._published, False
-        files.about = self._about(trainer)
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt", weights_only=False)
-        if final and files.failed is None:
+        if final or not self.behind:
+            self._shards.finish(files)
             try:
                 files.wait()
             except OSError as error:
-                files.failed = error
+                files.failed = files.failed or error
         if told := str(trainer.strategy.broadcast(str(files.failed or ""))):
             raise files.failed or OSError(told)
-        self._saved_step = step
         trainer.strategy.barrier("RunCheckpoint.save")
 
-    def _save_shards(self, trainer: L.Trainer) -> None:
-        """Each rank its file; rank 0 finishes the folder where all have written theirs."""
-        folder = self.folder / f"step-{trainer.global_step:08d}"
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        rank, world = trainer.global_rank, trainer.world_size
-        written: dict[str, Entry] | str
-        try:
-            written = self._files(trainer).save_shards(checkpoint, folder, rank, world)
-        except OSError as error:
-            written = f"rank {rank}: {error}"
-        everyone = gather([written])
-        if failed := [told for told in everyone if isinstance(told, str)]:
-            raise OSError("; ".join(failed))
-        told = ""
-        if trainer.is_global_zero:
-            entries = {name: one for each in everyone for name, one in cast(Any, each).items()}
-            try:
-                write(folder, entries, self._about(trainer))
-                self._published(folder)
-            except OSError as error:
-                told = str(error)
-        if told := str(trainer.strategy.broadcast(told)):
-            raise OSError(told)
+    def _begin(self, trainer: L.Trainer, files: AtomicCheckpointIO) -> None:
+        files.behind, files.done, files.raises = self.behind, self._published, False
+        files.about = self._about(trainer)
+        name = f"step-{trainer.global_step:08d}"
+        if self.sharded:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            self._shards.begin(files, checkpoint, self.folder / name, trainer.world_size)
+        else:
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt", weights_only=False)
 
     def _check_frozen(self, trainer: L.Trainer, module: MultimodalModule) -> None:
         """Refuse to go on with other frozen weights than before."""
