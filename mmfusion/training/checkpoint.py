@@ -8,7 +8,7 @@ plain tensors, numbers and strings: loading one from a stranger runs no code.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -168,10 +168,11 @@ def read_checkpoint(path: str | Path, device: Any = "cpu", unread: bool = False)
     Args:
         path: of the file or the folder.
         device: where tensors go: ``cpu``, or ``meta`` for their shapes alone.
-        unread: of shards, read a tensor when it is asked for.
+        unread: tensors stay in their files until they are copied: of shards, one is read each time
+            it is asked for, and a single file is mapped.
     """
     if not Path(path).is_dir():
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=unread)
     rest = torch.load(Path(path, sharded.REST), map_location="cpu", weights_only=True)
     found = sharded.joined(path, rest, numbers=str(device) != "meta")
     return found if unread else sharded.read(found)
@@ -237,7 +238,9 @@ def kept_state(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]
     return {name: _compact(state[name]) for name in state if name in kept}
 
 
-def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> set[str]:
+def load_kept(
+    module: nn.Module, state: Mapping[str, Tensor], origin: str, later: Collection[str] = ()
+) -> dict[str, str]:
     """Load kept weights by name into a module that is otherwise built.
 
     A weight that LoRA has wrapped since (``q_proj.weight`` is now ``q_proj.base_layer.weight``), or
@@ -247,20 +250,20 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
         module: the built module, tuning applied.
         state: an earlier run's kept weights.
         origin: named in errors.
+        later: names, in ``module.state_dict()``, of what somebody else will load.
 
     Returns:
-        The names that were loaded, as they are in ``module.state_dict()``.
+        What each that was loaded, or will be, is called in ``state``, by its name in
+        ``module.state_dict()``.
 
     Raises:
         ValueError: where shapes differ, nothing matches, or the weights here are quantised.
     """
     from mmfusion.models.quantised import is_quantised  # loads transformers
 
-    own = module.state_dict(keep_vars=True)
+    own, shapes = module.state_dict(keep_vars=True), sharded.shapes(state)
     renamed = {_canonical(name): name for name in own}
-    found = {
-        renamed[_canonical(n)]: tensor for n, tensor in state.items() if _canonical(n) in renamed
-    }
+    found = {renamed[_canonical(n)]: n for n in state if _canonical(n) in renamed}
     if packed := [name for name in found if is_quantised(own[name])]:
         raise ValueError(
             f"{len(packed)} weights of {origin} were trained whole, and are quantised here: "
@@ -268,9 +271,9 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
             "(model.init_drop)."
         )
     wrong = [
-        f"{name}: {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-        for name, tensor in found.items()
-        if tensor.shape != own[name].shape
+        f"{name}: {tuple(shapes[there].shape)} there, {tuple(own[name].shape)} here"
+        for name, there in found.items()
+        if shapes[there].shape != own[name].shape
     ]
     if wrong:
         raise ValueError(
@@ -284,11 +287,12 @@ def load_kept(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> se
             f"{_some(sorted(state))}). Give its parts the same names and classes."
         )
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name in found.keys() - set(later):
+            tensor = state[found[name]]
             if own[name].requires_grad and own[name].element_size() < tensor.element_size():
                 own[name].data = own[name].data.to(tensor.dtype)  # it goes on in full precision
             own[name].copy_(tensor)
-    return set(found)
+    return found
 
 
 def unused_names(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

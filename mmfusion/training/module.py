@@ -200,11 +200,11 @@ class MultimodalModule(L.LightningModule):
             torch.manual_seed(self.seed)
             self.model.build()
             torch.manual_seed(self.seed)  # adapters are drawn alike, whatever was built
-            divides = self._trainer is not None and hasattr(self.trainer.strategy, "widens_llm")
-            widens = divides and cast(Any, self.trainer.strategy).widens_llm
-            self.groups = tune.apply(self.model, self.tuning, widen_llm=not widens)
+            strategy = cast(Any, self.trainer.strategy if self._trainer is not None else None)
+            divides = strategy if getattr(strategy, "widens_llm", False) else None
+            self.groups = tune.apply(self.model, self.tuning, widen_llm=divides is None)
         if self.init_from:
-            self.inherited = load_earlier(self, self.init_from, self.init_drop)
+            self.inherited = load_earlier(self, self.init_from, self.init_drop, divides)
         if self.compile_llm:
             self.model.llm.compile_layers()
         self._built = True

@@ -49,7 +49,11 @@ def read_left_out(run_dir: str | Path) -> list[LeftOut]:
     if not file.exists():
         return []
     try:
-        return [LeftOut(**row) for row in json.loads(file.read_text())]
+        rows = [LeftOut(**row) for row in json.loads(file.read_text())]
+        for row in rows:
+            if not 0 <= row.first_pack <= row.end_pack or not 0 <= row.step <= row.until:
+                raise ValueError(row)
+        return rows
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}), so it is not known which packs the run left out; "

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import sys
 import time
@@ -81,6 +82,10 @@ FREE_KEYS = (
 """Keys that may differ between two starts of a run: they change neither packs nor losses."""
 
 
+ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+"""Of a run."""
+
+
 class RunDirectory:
     """The files of a run.
 
@@ -100,7 +105,10 @@ class RunDirectory:
     def id(self) -> str:
         """The run's stable id; known after :meth:`open`."""
         try:
-            return str(json.loads(self.identity.read_text())["id"])
+            found = json.loads(self.identity.read_text())["id"]
+            if not isinstance(found, str) or not ID.fullmatch(found):
+                raise ValueError(f"{found!r} is no id")  # it becomes a name of W&B's files
+            return found
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.identity} is damaged ({error!r}); put back the run's id (W&B shows it) as "

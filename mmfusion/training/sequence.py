@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmfusion.models.llms.sequence import SequenceGroup
 from mmfusion.types import IGNORE_INDEX, Batch, MediaBatch, TargetBatch
@@ -46,8 +48,9 @@ def own_part(batch: Batch, rank: int, size: int) -> Batch:
         targets that are there alone; where there is none of a modality, one of another rank is idle
         here. A media item across a bound is with both; a target is not cut.
     """
+    bounds = part_bounds(batch.host, size)
+    batch = _padded(batch, bounds[-1])
     host = batch.host
-    bounds = part_bounds(host, size)
     part = _Part(
         bounds,
         rank,
@@ -63,17 +66,43 @@ def own_part(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def part_bounds(batch: Batch, size: int) -> tuple[int, ...]:
-    """Where each part of a row begins, and the end: about as many tokens to each, the signal tokens
-    of a target in one part.
+    """Where each part of a row begins, and the end: about as many tokens to each and at least one,
+    the signal tokens of a target in one part. A row that is too short for that ends later.
     """
     length = batch.input_ids.shape[1]
-    bounds = [length * place // size for place in range(size + 1)]
-    for target in batch.targets.values():
-        if target.idle:
-            continue
-        for first, last in target.slots[:, [0, -1]].tolist():
-            bounds = [first if first < bound <= last else bound for bound in bounds]
-    return tuple(bounds)
+    spans = [
+        (first, last)
+        for target in batch.targets.values()
+        if not target.idle
+        for first, last in target.slots[:, [0, -1]].tolist()
+    ]
+    bounds = [0]
+    for place in range(1, size):
+        bound = length * place // size
+        bound = next((first for first, last in spans if first < bound <= last), bound)
+        if bound <= bounds[-1]:
+            bound = bounds[-1] + 1
+            bound = next((last + 1 for first, last in spans if first < bound <= last), bound)
+        bounds.append(bound)
+    return (*bounds, max(length, bounds[-1] + 1))
+
+
+def _padded(batch: Batch, length: int) -> Batch:
+    """With padding at the end of its row, in a border of its own."""
+    missing = length - batch.input_ids.shape[1]
+    if not missing:
+        return batch
+    assert batch.cu_seqlens is not None
+    values = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0, "segment_ids": -1}
+    longer: dict[str, Any] = {
+        name: F.pad(getattr(batch, name), (0, missing), value=value)
+        for name, value in values.items()
+    }
+    longer["cu_seqlens"] = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing])
+    found = replace(batch, **longer)
+    if batch.host is not batch:
+        found._host = _padded(batch.host, length)
+    return found
 
 
 def _media_in(media: MediaBatch, part: Sequence[int]) -> Tensor:

@@ -216,6 +216,33 @@ class Unread(Mapping[Any, Any]):
     def __len__(self) -> int:
         return len(self._beside) + len(self._names)
 
+    @property
+    def shapes(self) -> Unread:
+        """The same without numbers."""
+        return Unread(None, self._shapes, self._names, self._beside)
+
+    def renamed(self, names: Mapping[Any, Any]) -> Unread:
+        """:func:`renamed`, but for what is beside them."""
+        called = {new: self._names[there] for new, there in names.items()}
+        return Unread(self._shares, self._shapes, called, {})
+
+
+def renamed(tensors: Mapping[Any, Any], names: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Some of them, none of them read.
+
+    Args:
+        tensors: read or :class:`Unread`.
+        names: what they are called there, by what they are to be called.
+    """
+    if isinstance(tensors, Unread):
+        return tensors.renamed(names)
+    return {new: tensors[there] for new, there in names.items()}
+
+
+def shapes(tensors: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The same, those that are unread without numbers."""
+    return tensors.shapes if isinstance(tensors, Unread) else tensors
+
 
 def joined(folder: str | Path, rest: Mapping[str, Any], numbers: bool = True) -> dict[str, Any]:
     """The checkpoint that :func:`split` took apart, its tensors unread.

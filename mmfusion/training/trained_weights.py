@@ -26,9 +26,11 @@ from mmfusion.training.checkpoint import (
 )
 from mmfusion.training.frozen_weights import fingerprints, other_weights
 from mmfusion.training.resume import complete_checkpoint
+from mmfusion.training.sharded import renamed
 
 if TYPE_CHECKING:
     from mmfusion.training.module import MultimodalModule
+    from mmfusion.training.strategies.shares import GatheredCheckpoints
 
 log = logging.getLogger(__name__)
 
@@ -46,27 +48,36 @@ def keep_trained(module: MultimodalModule, checkpoint: dict[str, Any]) -> None:
     checkpoint[MEANING] = meaning(module.model)
 
 
-def load_earlier(module: MultimodalModule, init_from: str, dropped: Sequence[str]) -> set[str]:
+def load_earlier(
+    module: MultimodalModule,
+    init_from: str,
+    dropped: Sequence[str],
+    strategy: GatheredCheckpoints | None = None,
+) -> set[str]:
     """Load what an earlier stage trained.
 
     Args:
         module: built, tuning applied.
         init_from: the earlier run, or one of its checkpoints.
         dropped: parts whose weights are left behind.
+        strategy: of a run whose ranks divide the LLM layer by layer, and load it as they do.
 
     Returns:
-        Names of the weights that were loaded.
+        Names of the weights that were loaded, or will be.
 
     Raises:
         ValueError: where a weight has no place here or another shape, ``dropped`` names a part that
             has none there, or weights mean something else here.
     """
     path = complete_checkpoint(init_from, "model.init_from")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, unread=True)
     check_meaning(module.model, checkpoint.get(MEANING, {}), dropped)
     state = _without(dropped, checkpoint["state_dict"], path)
-    loaded = load_kept(module, state, str(path))
-    loaded |= take_rows(module, loaded)
+    later = strategy.loaded_later(module) if strategy is not None else set()
+    found = load_kept(module, state, str(path), later)
+    if strategy is not None:
+        strategy.load_later(renamed(state, {name: found[name] for name in later & set(found)}))
+    loaded = set(found) | take_rows(module, set(found))
     log.info("%d tensors from %s", len(loaded), path)
     if unused := unused_names(module, state):
         parts = ", ".join(_parts_of(unused))
@@ -90,15 +101,17 @@ def _parts_of(names: Sequence[str]) -> list[str]:
     return sorted({".".join(keys[: depths.get(keys[0], 2)]) for keys in found})
 
 
-def _without(dropped: Sequence[str], state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _without(
+    dropped: Sequence[str], state: Mapping[str, Tensor], path: Path
+) -> Mapping[str, Tensor]:
     for part in dropped:
-        left = {name: state[name] for name in state if not name.startswith(f"model.{part}.")}
+        left = [name for name in state if not name.startswith(f"model.{part}.")]
         if len(left) == len(state):
             raise ValueError(
                 f"model.init_drop names {part!r}, but {path} has no weights of it; it has "
                 f"{sorted(state)[:4]}."
             )
-        state = left
+        state = renamed(state, {name: name for name in left})
     return state
 
 

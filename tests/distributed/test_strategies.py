@@ -350,6 +350,32 @@ def test_shards_written_behind_are_what_was_trained_when_they_were_due(
         torch.testing.assert_close(mine["state"], its["state"], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [("NAdam", "deepspeed_1"), ("NAdam", "deepspeed_3, all divided"), ("SGD", "deepspeed_3")],
+)
+def test_other_optimizers_go_on_from_one_process(home, recipe, optimizer, name):
+    """NAdam has a second number beside the step, SGD no state at all."""
+    given = [f"--model.optimizer=torch.optim.{optimizer}", "--trainer.max_steps=3"]
+    ours = curve(run(home, recipe, f"{optimizer} beside {name}", 1, *given))
+    for world, options in ((1, []), (2, GIVEN[name]), (2, GIVEN[name])):
+        path = stopped(home, recipe, f"{optimizer} on {name}", world, *given, *options)
+    assert curve(path) == pytest.approx(ours, abs=1e-5)
+    last = [
+        read_checkpoint(by_step(home / f"{optimizer} {which} {name}" / "checkpoints")[-1])
+        for which in ("on", "beside")
+    ]
+    torch.testing.assert_close(*(one["state_dict"] for one in last), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deepspeed_1", "fsdp2"])
+def test_optimizers_of_whole_matrices_are_refused(home, recipe, name):
+    options = [*GIVEN[name], "--model.optimizer=torch.optim.Adafactor"]
+    run(home, recipe, f"matrices on {name}", 1, *options, ends=1)
+    said = (home / f"matrices on {name}.log").read_text()
+    assert "model.optimizer is Adafactor, which computes with whole matrices" in said
+
+
 @pytest.mark.parametrize("fields", [{"zero_optimization": "x"}, {"bf16": True}, {"fp16": None}])
 def test_sections_of_zeros_configuration_hold_fields(fields):
     (name,) = fields

@@ -527,7 +527,16 @@ def test_what_went_back_is_gone_before_it_begins_again(home, samples, name):
     assert set(codes) == {0}
 
 
-def test_a_damaged_list_is_refused(home, samples, capsys, tmp_path):
-    (tmp_path / "left_out.json").write_text('[{"step": 1}]')
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": 1},
+        {"step": 1, "until": 2, "first_pack": 8, "end_pack": 4, "why": ""},
+        {"step": 3, "until": 2, "first_pack": 4, "end_pack": 8, "why": ""},
+        {"step": "1", "until": 2, "first_pack": 4, "end_pack": 8, "why": ""},
+    ],
+)
+def test_a_damaged_list_is_refused(home, samples, capsys, tmp_path, row):
+    (tmp_path / "left_out.json").write_text(json.dumps([row]))
     said = refused(capsys, broken(home, samples, BAD), f"--run_dir={tmp_path}")
     assert "left_out.json is damaged" in said

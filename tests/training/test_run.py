@@ -120,7 +120,7 @@ def test_damaged_files_of_a_run_are_named_with_what_to_do(tmp_path):
         pass
     run.status_file.write_text('{"state": "fin')
     assert run.status() == {}
-    for text in ('{"id', "{}", "[]"):
+    for text in ('{"id', "{}", "[]", '{"id": null}', '{"id": {"a": 1}}', '{"id": "../../x"}'):
         run.identity.write_text(text)
         with pytest.raises(ValueError, match=r"run.json is damaged .* remove the file to go on"):
             _ = run.id

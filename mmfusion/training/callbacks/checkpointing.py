@@ -58,8 +58,8 @@ class RunCheckpoint(Checkpoint):
         keep_every_n_steps: checkpoints at multiples of this stay for good (None: none do).
         behind: write while training goes on. A step then waits for a copy in the host's memory
             alone, which takes as much of that as the checkpoint (or this rank's share of it) takes
-            on disk; where one is still
-            being written when the next is due, that one is left out. The last one is waited for.
+            on disk; where one is still being written when the next is due, that one is left out.
+            The last one is waited for.
         sharded: a folder of files, one of each rank, in place of one file that rank 0 gathers: for
             large LLMs that train whole. Any number of ranks goes on from it.
         remote: a folder that each checkpoint is copied to as well, as fsspec names it
@@ -127,6 +127,10 @@ class RunCheckpoint(Checkpoint):
             self.remote.claim(run)
         self._made = {"run": run, "recipe": fingerprint(recipe), "versions": versions()}
         self._before, self._allow_change = before, allow_change
+        if before is not None and (of := before.about.get("run", run)) != run:
+            log.warning(
+                "the checkpoint that is gone on from was written by run %s, not %s", of, run
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The trainer's root folder is the run directory. The ranks agree on a stop once a step."""

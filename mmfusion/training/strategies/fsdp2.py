@@ -39,11 +39,11 @@ from mmfusion.training.strategies.shares import (
     on_one,
     refuse_half,
     refuse_numbers,
+    refuse_optimizer,
     refuse_quantised,
     repeated,
 )
 from mmfusion.training.strategies.tensor import divide_layers
-from mmfusion.tuning import is_half
 
 
 class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
@@ -135,9 +135,16 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                refuse_optimizer(optimizer, "FSDP2")
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING and not self.offload:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def teardown(self) -> None:
+        """Lightning's does not wait for a checkpoint that is being written."""
+        super().teardown()
+        self.checkpoint_io.teardown()
 
     def _divide(self) -> None:
         module = self._module
@@ -164,10 +171,10 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             cast_forward_inputs=False,
         )
         for layer in module.model.llm.layers:
-            halves = [p for p in layer.parameters() if is_half(p)]
-            self.widen(halves, names)
+            whole_of_layer = [p for p in layer.parameters() if p in names]
+            self.widen(whole_of_layer, names)
             fully_shard(layer, reshard_after_forward=self.reshard, mp_policy=layers, **options)
-            for parameter in halves:  # other parameters have their place now
+            for parameter in whole_of_layer:  # other parameters have their place now
                 parameter.data = parameter.data.new_empty(0)
         for divided in divided_parts(module):
             for part in [*repeated(divided), divided]:

@@ -21,10 +21,13 @@ from mmfusion.models.generators.base import DENOISER
 from mmfusion.training.callbacks.validation import Validation
 from mmfusion.training.checkpoint import read_checkpoint
 from mmfusion.training.module import MultimodalModule
+from mmfusion.training.sharded import renamed
 from mmfusion.tuning import is_half
 
 ASKED = ("generate_samples", "table_samples", "media_samples")
 """Of a validation: for how many samples it asks the model."""
+OF_MATRICES = ("Adafactor", "LBFGS", "Muon", "SparseAdam", "Shampoo", "SOAP")
+"""Optimizers, of PyTorch and others, whose update of a number depends on its neighbours."""
 
 
 def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
@@ -133,6 +136,21 @@ def refuse_half(module: MultimodalModule) -> None:
         )
 
 
+def refuse_optimizer(optimizer: Any, strategy: str) -> None:
+    """What is divided is stepped in pieces, which is the same only where each number is by itself.
+
+    Raises:
+        ValueError: for optimizers that look at a whole matrix.
+    """
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if whole := sorted(kinds & set(OF_MATRICES)):
+        raise ValueError(
+            f"model.optimizer is {whole[0]}, which computes with whole matrices, but {strategy} "
+            "divides what it steps: it would train otherwise than one process does. Use AdamW or "
+            "another optimizer that treats each number by itself, or strategy: ddp."
+        )
+
+
 def on_one(value: Tensor, here: bool) -> Tensor:
     """A gathered tensor in the memory of the rank that writes it; empty on the others."""
     return value.detach().to("cpu", copy=True) if here else value.detach().new_empty(0)
@@ -146,24 +164,47 @@ class GatheredCheckpoints(Strategy):
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
     _unread: Mapping[str, Tensor] = {}
-    """Weights of the checkpoint that goes on, by name."""
+    """Weights of a checkpoint, by name."""
 
     @property
     def widens_llm(self) -> bool:
-        """Whether an LLM that trains whole is made float32 as it is divided (:meth:`widen`)."""
+        """Whether the LLM is loaded, and where it trains whole made float32, as it is divided
+        (:meth:`widen`).
+        """
         return False
 
+    def loaded_later(self, module: MultimodalModule) -> set[str]:
+        """Names of the weights that :meth:`widen` loads: the LLM's layers, and what trains in half
+        precision.
+        """
+        if not self.widens_llm:
+            return set()
+        layers = {p for layer in module.model.llm.layers for p in layer.parameters()}
+        return {n for n, p in module.named_parameters() if p in layers or is_half(p)}
+
+    def load_later(self, state: Mapping[str, Tensor]) -> None:
+        """What of them a checkpoint has, by name."""
+        self._unread = state
+
     def widen(self, parameters: Iterable[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
-        """Make those float32 that train in half precision, with the checkpoint's values where a run
-        goes on. Called for what is divided next, so that no rank has all of them at once.
+        """Give those their values that a checkpoint has, and make those float32 that train in half
+        precision. Called for what is divided next, so that no rank has all of them at once.
 
         Args:
             parameters: not divided yet.
             names: in the module.
         """
-        for parameter in filter(is_half, parameters):
-            value = self._unread.get(names[parameter], parameter.data)
-            parameter.data = value.to(parameter.device, torch.float32, copy=True)
+        for parameter in parameters:
+            if names[parameter] in self._unread or is_half(parameter):
+                self.own(parameter, names, parameter.device)
+
+    def own(
+        self, parameter: nn.Parameter, names: Mapping[nn.Parameter, str], device: torch.device
+    ) -> None:
+        """Copy one into memory of its own, as :meth:`widen` does, whatever it is."""
+        value = self._unread.get(names[parameter], parameter.data)
+        dtype = torch.float32 if is_half(parameter) else parameter.dtype
+        parameter.data = value.to(device, dtype, copy=True)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -172,18 +213,18 @@ class GatheredCheckpoints(Strategy):
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Of shards, tensors are read when they are asked for."""
+        """Tensors stay in their files until each rank takes its share."""
         return read_checkpoint(checkpoint_path, unread=True)
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """One weight after the other: where they are in shards, no two of them are read at once.
-        What is in half precision still waits for :meth:`widen`.
+        What is divided with the LLM's layers still waits for :meth:`widen`.
         """
-        assert self.lightning_module is not None
-        own = self.lightning_module.state_dict(keep_vars=True)
-        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        module = cast(MultimodalModule, self.lightning_module)
+        own, state = module.state_dict(keep_vars=True), checkpoint["state_dict"]
+        later = self.loaded_later(module) & set(state)
         for name in state:
-            if not is_half(own[name]):
+            if name not in later:
                 own[name].copy_(state[name])
-        self._unread = state if self.widens_llm else {}
+        self.load_later(renamed(state, {name: name for name in later}))

@@ -29,6 +29,7 @@ from mmfusion.training.strategies.shares import (
     frozen_parts,
     refuse_half,
     refuse_numbers,
+    refuse_optimizer,
     refuse_quantised,
 )
 from mmfusion.training.strategies.zero_checkpoints import ZeROCheckpoints
@@ -164,6 +165,8 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
     ) -> tuple[Any, Any]:
         import deepspeed
 
+        if optimizer is not None:
+            refuse_optimizer(optimizer, "ZeRO")
         divide(self._module, self.divide_encoders, self.divide_denoisers)
         whole = whole_modules(self._module)
         own = [(h, set(h)) for m in whole for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -209,8 +212,7 @@ class ZeRO(ZeROCheckpoints, DeepSpeedStrategy):
         shared = [self._module.model.llm, *divided_parts(self._module)]
         names = {parameter: name for name, parameter in self._module.named_parameters()}
         for parameter in chain(*(part.parameters() for part in shared)):
-            self.widen([parameter], names)
-            parameter.data = parameter.data.to(self.root_device, copy=True)
+            self.own(parameter, names, self.root_device)
             init._convert_to_zero_parameters([parameter])
         self._unread = {}
 

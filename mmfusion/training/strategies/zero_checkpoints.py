@@ -62,7 +62,7 @@ class ZeROCheckpoints(GatheredCheckpoints):
             for parameter in group["params"]:
                 state[len(state)] = {
                     key: value.clone()
-                    if key == "step"
+                    if value.ndim == 0  # the step, of all that a rank has
                     else self._held_state(parameter, key)
                     if self.sharded
                     else on_one(safe_get_full_optimizer_state(parameter, key), self.is_global_zero)
@@ -108,14 +108,14 @@ class ZeROCheckpoints(GatheredCheckpoints):
         shares = three if self.stage == 3 else "single_partition_of_fp32_groups"
         for share in getattr(optimizer, shares):  # DeepSpeed makes these in the first step
             optimizer.state[share] = {
-                key: value.clone() if key == "step" else torch.zeros_like(share)
-                for key, value in saved[0].items()
+                key: torch.zeros_like(share) if value.ndim else value.clone()
+                for key, value in saved.get(0, {}).items()
             }
         self._link_states()
         parameters = [p for group in self._module.groups for p in group["params"]]
         for place, parameter in enumerate(parameters):
-            for key, value in saved[place].items():
-                if key == "step":
+            for key, value in saved.get(place, {}).items():  # nothing before the first step
+                if value.ndim == 0:
                     continue
                 if self.stage == 3:  # DeepSpeed's own division fails where the last share is padded
                     share = self._share(value, parameter)
