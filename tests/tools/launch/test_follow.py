@@ -65,7 +65,7 @@ def test_a_job_that_fails_ends_what_follows_it(tmp_path: Path) -> None:
     assert code == 1, said
     assert "fails before step 0" in said
     assert "given up: 1 starts in a row" in said
-    assert ": FAILED (code 1); run failed, start 1]" in said
+    assert ": FAILED (code 3); run failed, start 1]" in said
     assert said.splitlines()[-1] == f"{tmp_path}/run: failed at step 0"
 
 
