@@ -23,6 +23,7 @@ from mmfusion.tools.launch.job import Job
 from mmfusion.tools.launch.kubectl import RESOURCES, Pods
 from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.site import read_site
+from mmfusion.training.command import ReadRecipe
 
 Target = Literal["local", "torchrun", "slurm", "k8s"]
 FOLDER = "launch"
@@ -49,6 +50,7 @@ def launch(
     failures: PositiveInt = 3,
     rendezvous: str | None = None,
     site: str | None = None,
+    check: bool = True,
     dry_run: bool = False,
     follow: bool = True,
     overrides: list[str] | None = None,
@@ -67,6 +69,8 @@ def launch(
         rendezvous: ``HOST:PORT`` of torchrun on several machines.
         site: file of the site's settings (default: $MMFUSION_SITE, else
             ~/.config/mmfusion/site.yaml); launch/site.yaml is an example.
+        check: read the recipe as ``mmfusion fit`` will, and submit none that it would refuse; not
+            where the recipe names classes that this machine does not have.
         dry_run: show what would be submitted, and do not.
         follow: show how it goes until it ends; leaving (Ctrl-C) does not stop it.
         overrides: recipe values, as ``--trainer.max_steps=100``.
@@ -90,6 +94,8 @@ def launch(
         raise ValueError(
             "torchrun on several machines needs --rendezvous HOST:PORT, of one of them."
         )
+    if check:
+        ReadRecipe(["-c", *job.arguments, f"--run_dir={job.run_dir}"])
     text = RENDER[on](job)
     if dry_run:
         print(text, end="")
