@@ -18,12 +18,10 @@ from mmfusion.data.whole_file import write_whole
 from mmfusion.paths import expand
 from mmfusion.tools.launch import scripts
 from mmfusion.tools.launch.client import said
-from mmfusion.tools.launch.follow import follow_job
 from mmfusion.tools.launch.job import Job
 from mmfusion.tools.launch.kubectl import RESOURCES, Pods
 from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.site import read_site
-from mmfusion.training.command import ReadRecipe
 
 Target = Literal["local", "torchrun", "slurm", "k8s"]
 FOLDER = "launch"
@@ -71,7 +69,7 @@ def launch(
             ~/.config/mmfusion/site.yaml); launch/site.yaml is an example.
         check: read the recipe as ``mmfusion fit`` will, and submit none that it would refuse; not
             where the recipe names classes that this machine does not have.
-        dry_run: show what would be submitted, and do not.
+        dry_run: show what would be submitted, unread, and do not.
         follow: show how it goes until it ends; leaving (Ctrl-C) does not stop it.
         overrides: recipe values, as ``--trainer.max_steps=100``.
     """
@@ -94,14 +92,19 @@ def launch(
         raise ValueError(
             "torchrun on several machines needs --rendezvous HOST:PORT, of one of them."
         )
-    if check:
-        ReadRecipe(["-c", *job.arguments, f"--run_dir={job.run_dir}"])
     text = RENDER[on](job)
     if dry_run:
         print(text, end="")
         return
+    # torch and Lightning come with what follows: seconds that only to look should not cost.
+    if check:
+        from mmfusion.training.command import ReadRecipe
+
+        ReadRecipe(["-c", *job.arguments, f"--run_dir={job.run_dir}"])
     submitted = submit(job, on, text)
     if follow:
+        from mmfusion.tools.launch.follow import follow_job
+
         follow_job(Path(job.run_dir), submitted)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmfusion.cli import main
+from mmfusion.training.command import ReadRecipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -21,13 +22,13 @@ def code_of(*words: str) -> int:
 
 @pytest.mark.parametrize("name", ["debug.yaml", "quickstart/2_align_output.yaml"])
 def test_neither_data_nor_weights_nor_the_stage_before_need_to_be_here(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    options = ("--on=k8s", "--dry_run", "--data.pack_tokens=512", f"--run_dir={tmp_path}/run")
-    assert code_of(str(RECIPES / name), *options) == 0
-    assert "kind: TrainJob" in capsys.readouterr().out
+    options = ["--data.pack_tokens=512", f"--run_dir={tmp_path}/run"]
+    read = ReadRecipe(["-c", str(RECIPES / name), *options])
+    assert read.config.data.pack_tokens == 512
     assert [*tmp_path.iterdir()] == [], "nothing is made"
 
 
@@ -61,10 +62,14 @@ def test_a_wrong_key_or_value_is_refused_and_nothing_is_submitted(
 
 
 def test_a_recipe_whose_classes_are_elsewhere_can_be_launched(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {encoders: {image: {class_path: ours.in_the_image.Encoder}}}\n")
-    assert code_of(str(recipe), "--on=slurm", "--dry_run") == 2
+    words = (str(recipe), "--on=slurm", f"--run_dir={tmp_path}/run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_of(*words) == 2
     assert "ours.in_the_image" in capsys.readouterr().err
-    assert code_of(str(recipe), "--on=slurm", "--dry_run", "--check=false") == 0
+    assert code_of(*words, "--check=false") == 1
+    assert "there is no sbatch" in capsys.readouterr().err, "it gets as far as that"
+    assert code_of(*words, "--dry_run") == 0, "only shows it"

@@ -251,7 +251,7 @@ def test_numbers_of_the_command_line_are_in_what_is_rendered(tmp_path, capsys, k
     recipe.write_text("trainer: {max_steps: 1}\n")
     site.write_text(f"kubernetes: {{kind: {kind}, image: i, namespace: n}}\n")
     main(["launch", str(recipe), "--on=k8s", "--gpus=8", "--nodes=2", "--failures=5",
-          f"--site={site}", "--check=false", "--dry_run"])  # fmt: skip
+          f"--site={site}", "--dry_run"])  # fmt: skip
     assert "8" in str(list(yaml.safe_load_all(capsys.readouterr().out)))
 
 
@@ -261,10 +261,9 @@ def test_a_run_is_where_its_recipes_say(tmp_path, capsys):
     for recipe, content in zip(recipes, contents, strict=True):
         recipe.write_text(content + "\n")
     first, *others = map(str, recipes)
-    shown = ("--check=false", "--dry_run")
-    main(["launch", first, "-c", others[0], "-c", others[1], "--on=slurm", *shown])
+    main(["launch", first, "-c", others[0], "-c", others[1], "--on=slurm", "--dry_run"])
     assert "export RUN_DIR=/shared/runs/stage\n" in capsys.readouterr().out
-    main(["launch", first, "-c", others[1], "--on=slurm", *shown])
+    main(["launch", first, "-c", others[1], "--on=slurm", "--dry_run"])
     assert "export RUN_DIR=runs/parts\n" in capsys.readouterr().out
 
 
