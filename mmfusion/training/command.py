@@ -453,6 +453,24 @@ class RecipeCommand(LightningCLI):
         return [*ours, *named]
 
 
+class ReadRecipe(RecipeCommand):
+    """A recipe that is read as `fit` reads it, and of which nothing is made: neither its data nor
+    its weights need to be here.
+
+    Args:
+        args: of `mmfusion fit`.
+
+    Raises:
+        RecipeError: for a key or a value that is none.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__("", args)
+
+    def instantiate_classes(self) -> None:
+        """None of them."""
+
+
 def encode_arguments(args: Sequence[str]) -> list[str]:
     """Of a command's arguments, those that `mmfusion data encode` needs to make what it reads: the
     recipes, and the keys with other values that say what is computed.

@@ -80,7 +80,7 @@ def test_it_is_given_up_after_failures_in_a_row_that_leave_no_checkpoint(tmp_pat
     recipe = failing(tmp_path, [0], once=False)
     code = code_of(start(recipe, MAX_FAILURES="2"))
     log = (tmp_path / "log").read_text()
-    assert code == 1, log
+    assert code == 3, log
     assert f"given up: 2 starts in a row left no new checkpoint in {tmp_path}/run\n" in log
     run = RunDirectory(tmp_path / "run")
     assert [len(run.attempts()), run.status()["state"]] == [2, "failed"]

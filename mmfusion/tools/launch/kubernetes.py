@@ -32,8 +32,11 @@ def kubernetes(job: Job) -> str:
 
 
 def name_of(job: Job) -> str:
-    """As Kubernetes takes names: letters, digits and -; short, for names of pods are made of it."""
-    return re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:50] or "mmfusion"
+    """As Kubernetes takes names of services: letters, digits and -, a letter first; short, for
+    names of pods are made of it.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-") or "mmfusion"
+    return (name if name[0].isalpha() else f"run-{name}")[:40].rstrip("-")
 
 
 def _train_job(job: Job, train_job: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from mmfusion.data.whole_file import write_whole
 from mmfusion.paths import expand
 from mmfusion.tools.launch import scripts
-from mmfusion.tools.launch.follow import follow_job
+from mmfusion.tools.launch.client import said
 from mmfusion.tools.launch.job import Job
-from mmfusion.tools.launch.kubernetes import kubernetes
+from mmfusion.tools.launch.kubectl import RESOURCES, Pods
+from mmfusion.tools.launch.kubernetes import kubernetes, name_of
 from mmfusion.tools.launch.site import read_site
 
 Target = Literal["local", "torchrun", "slurm", "k8s"]
@@ -47,6 +48,7 @@ def launch(
     failures: PositiveInt = 3,
     rendezvous: str | None = None,
     site: str | None = None,
+    check: bool = True,
     dry_run: bool = False,
     follow: bool = True,
     overrides: list[str] | None = None,
@@ -65,7 +67,9 @@ def launch(
         rendezvous: ``HOST:PORT`` of torchrun on several machines.
         site: file of the site's settings (default: $MMFUSION_SITE, else
             ~/.config/mmfusion/site.yaml); launch/site.yaml is an example.
-        dry_run: show what would be submitted, and do not.
+        check: read the recipe as ``mmfusion fit`` will, and submit none that it would refuse; not
+            where the recipe names classes that this machine does not have.
+        dry_run: show what would be submitted, unread, and do not.
         follow: show how it goes until it ends; leaving (Ctrl-C) does not stop it.
         overrides: recipe values, as ``--trainer.max_steps=100``.
     """
@@ -92,9 +96,16 @@ def launch(
     if dry_run:
         print(text, end="")
         return
-    submit(job, on, text)
-    if follow and on != "k8s":
-        follow_job(Path(job.run_dir))
+    # torch and Lightning come with what follows: seconds that only to look should not cost.
+    if check:
+        from mmfusion.training.command import ReadRecipe
+
+        ReadRecipe(["-c", *job.arguments, f"--run_dir={job.run_dir}"])
+    submitted = submit(job, on, text)
+    if follow:
+        from mmfusion.tools.launch.follow import follow_job
+
+        follow_job(Path(job.run_dir), submitted)
 
 
 def run_dir_of(recipes: Sequence[str]) -> str:
@@ -128,20 +139,19 @@ def parse_nodes(given: str, on: Target) -> tuple[int, int]:
     return least, most
 
 
-def submit(job: Job, on: Target, text: str) -> None:
-    """Write the script into the run directory, and start it."""
+def submit(job: Job, on: Target, text: str) -> dict[str, str]:
+    """Write the script into the run directory, and start it.
+
+    Returns:
+        job: what is noted of it in ``launch/job.json``.
+    """
+    if on == "k8s":
+        return _submit_pods(job, text)
     folder = Path(job.run_dir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    script = folder / NAMES.get(on, "job.sh")
-    with write_whole(str(script)) as file:
-        file.write(text.encode())
+    script = _keep(folder, NAMES.get(on, "job.sh"), text)
     if on == "torchrun":  # each machine's agent is a job of its own
         sys.stdout.flush()
         os.execvp("bash", ["bash", str(script)])
-    if on == "k8s":
-        print(said(["kubectl", "apply", "-f", str(script)]), end="")
-        print(f"To see it: kubectl get -f {script}; its losses: mmfusion runs {job.run_dir}")
-        return
     if on == "slurm":
         number = said(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
         log = folder / f"slurm-{number}.log"
@@ -157,23 +167,28 @@ def submit(job: Job, on: Target, text: str) -> None:
             )
         number = str(process.pid)
     content = {"on": on, "id": number, "log": str(log)}
-    with write_whole(str(folder / SUBMITTED)) as file:
-        file.write(json.dumps(content, indent=1).encode())
+    _keep(folder, SUBMITTED, json.dumps(content, indent=1))
     print(f"{job.run_dir}: submitted on {on} as {number}, log {log}", flush=True)
+    return content
 
 
-def said(command: Sequence[str]) -> str:
-    """What a program prints.
-
-    Raises:
-        ValueError: with what it says where it fails, or where it is not there.
-    """
+def _submit_pods(job: Job, text: str) -> dict[str, str]:
+    """The run directory is the pods': where this machine does not see it, nothing is kept."""
+    site, folder = job.site.kubernetes, Path(job.run_dir) / FOLDER
+    name = f"{RESOURCES[site.kind]}/{name_of(job)}"
+    content = {"on": "k8s", "id": name, "namespace": site.namespace}
+    print(Pods(name, site.namespace).submit(text), end="")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise ValueError(
-            f"there is no {command[0]} on this machine; launch from one that has it."
-        ) from None
-    if done.returncode:
-        raise ValueError(f"{command[0]} failed with code {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+        _keep(folder, NAMES["k8s"], text)
+        _keep(folder, SUBMITTED, json.dumps(content, indent=1))
+    except OSError as error:
+        print(f"{folder}: not kept, for it cannot be written from here ({error.strerror})")
+    print(f"{job.run_dir}: submitted on k8s as {name}", flush=True)
+    return content
+
+
+def _keep(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_whole(str(folder / name)) as file:
+        file.write(text.encode())
+    return folder / name

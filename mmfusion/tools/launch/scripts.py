@@ -10,8 +10,8 @@ from pathlib import Path
 from mmfusion.paths import shipped
 from mmfusion.tools.launch.job import Job
 
-SETTINGS = ". launch/env.sh\n"
-"""The line of a script that is replaced by the settings, for it is to stand alone."""
+_PART = re.compile(r"^\. launch/(\S+)\n", re.MULTILINE)
+"""The line of a script that takes in another file of ``launch/``, such as the settings."""
 END_OF_OPTIONS = "# ---- "
 """Begins the line behind the options of Slurm."""
 
@@ -103,9 +103,8 @@ def _arguments(job: Job) -> str:
 
 
 def _alone(body: str) -> str:
-    """With the settings in it."""
-    assert SETTINGS in body
-    return body.replace(SETTINGS, _shipped("env.sh"))
+    """With the files in it that it takes in."""
+    return _PART.sub(lambda line: _shipped(line[1]), body)
 
 
 def _uncommented(body: str) -> str:

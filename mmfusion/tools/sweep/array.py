@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmfusion.data.whole_file import write_whole
+from mmfusion.tools.launch.client import said
 from mmfusion.tools.launch.job import Job
-from mmfusion.tools.launch.main import FOLDER, SUBMITTED, said
+from mmfusion.tools.launch.main import FOLDER, SUBMITTED
 from mmfusion.tools.launch.scripts import slurm_array
 from mmfusion.tools.sweep.trials import Trial
 

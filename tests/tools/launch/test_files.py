@@ -30,7 +30,7 @@ def optional_dependencies() -> str:
     return text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch", "env.sh"])
+@pytest.mark.parametrize("name", ["torchrun.sh", "watch.sh", "slurm.sbatch", "env.sh"])
 def test_scripts_are_bash(name: str) -> None:
     subprocess.run(["bash", "-n", FILES / name], check=True)
 
@@ -109,9 +109,16 @@ def test_files_of_kubernetes_name_what_is_in_the_image(command: list[str]) -> No
     assert (ROOT / recipe).is_file()
 
 
-def test_a_recipe_that_is_none_fails_a_job_of_kubernetes_at_once() -> None:
-    """Of the codes of the script, as tests/distributed/test_torchrun_script.py finds them."""
+def test_what_would_fail_again_fails_a_job_of_kubernetes_at_once() -> None:
+    """Of the codes of the script, as tests/distributed/test_torchrun_script.py finds them. An
+    eviction is no failure, whatever the code.
+    """
     *_, job = yaml.safe_load_all((FILES / "kubernetes-job.yaml").read_text())
-    rules = job["spec"]["podFailurePolicy"]["rules"]
-    codes = {r["action"]: r["onExitCodes"]["values"] for r in rules if "onExitCodes" in r}
-    assert codes == {"Ignore": [75], "FailJob": [2]}
+    (runtime,) = yaml.safe_load_all((FILES / "kubernetes-runtime.yaml").read_text())
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    for spec in (job["spec"], node["template"]["spec"]):
+        evicted, *rules = spec["podFailurePolicy"]["rules"]
+        conditions = [{"type": "DisruptionTarget", "status": "True"}]
+        assert evicted == {"action": "Ignore", "onPodConditions": conditions}
+        codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in rules}
+        assert codes == {"Ignore": [75], "FailJob": [2, 3]}

@@ -10,6 +10,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api.models.trainer_v1alpha1_cluster_training_runtime import (
+    TrainerV1alpha1ClusterTrainingRuntime,
+)
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from mmfusion.cli import main
@@ -169,6 +172,24 @@ def test_train_jobs_are_those_of_kubeflow() -> None:
         assert model.to_dict() == given
 
 
+def test_the_runtime_is_one_of_kubeflow_and_its_jobs_are_those_of_kubernetes() -> None:
+    (given,) = yaml.safe_load_all((ROOT / "launch/kubernetes-runtime.yaml").read_text())
+    model = TrainerV1alpha1ClusterTrainingRuntime.from_dict(given)
+    assert model is not None
+    assert model.to_dict() == given
+    (node,) = given["spec"]["template"]["spec"]["replicatedJobs"]
+    of_it = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
+    kubernetes_validate.validate(of_it | {"spec": node["template"]["spec"]}, "1.34", strict=True)
+    # A TrainJob changes it by names.
+    (train_job,) = yaml.safe_load_all(kubernetes(job()))
+    (patch,) = train_job["spec"]["runtimePatches"]
+    (patched,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert patched["name"] == node["name"]
+    (container,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    patched_pod = patched["template"]["spec"]["template"]["spec"]
+    assert [one["name"] for one in patched_pod["containers"]] == [container["name"]]
+
+
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_jobs_are_those_of_kubernetes(gpus: int) -> None:
     plain = (ROOT / "launch/kubernetes-job.yaml").read_text()
@@ -179,7 +200,10 @@ def test_jobs_are_those_of_kubernetes(gpus: int) -> None:
 
 def test_names_are_those_that_kubernetes_takes() -> None:
     assert name_of(job()) == "my-run"
-    assert name_of(job(run_dir="runs/" + "x_" * 60)) == "x-" * 25
+    long = name_of(job(run_dir="runs/" + "x_" * 60))
+    assert long == "x-" * 19 + "x"
+    assert len(f"{long}-node-0-9999-abcde") <= 63, "of a pod of a TrainJob"
+    assert name_of(job(run_dir="runs/2_align_output")) == "run-2-align-output"
     assert name_of(job(run_dir="runs/___")) == "mmfusion"
 
 

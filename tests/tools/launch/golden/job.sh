@@ -43,9 +43,15 @@ run=${given:-${RUN_DIR:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail
 run=${run:-runs/$(basename "$recipe" .yaml)}
 run=${run/#\~\//$HOME/}
 
+# Of torchrun.sh: watches torchrun's agent and the ranks that it starts ($notes/starts: a line each time). It gives up
+# after failures without a new checkpoint, hands on a signal to stop, and ends with the code of torchrun.sh.
 notes=$(mktemp -d) || exit
 trap 'rm -r "$notes"' EXIT
+: > "$notes/starts"
 export MMFUSION_REFUSED=$notes/refused PYTHONUNBUFFERED=1
+agent= code= preempted=
+trap preempt TERM USR1
+
 ranks() { # that live: what an agent has not waited for yet is still there as a zombie
     for rank in $(cat /proc/$agent/task/*/children 2> /dev/null); do
         grep -sqE '^State:\s+[^Z]' "/proc/$rank/status" && echo "$rank"
@@ -67,37 +73,36 @@ preempt() {
     # Past the agent, which would give its ranks 30 seconds to save.
     kill -TERM $(ranks) 2> /dev/null || end 143 "stopped before there was anything to save"
 }
-agent= code= preempted=
-trap preempt TERM USR1
-
-# Restarts are counted here: torchrun counts those of weeks together. Each start of the ranks is a line.
-: > "$notes/starts"
+watch() { # AGENT
+    agent=$1
+    fruitful=0 saved=$(newest)
+    alone=0 # seconds without a rank: an agent waits for ever where the network to the rendezvous is cut
+    while kill -0 $agent 2> /dev/null; do
+        [ -n "$(ranks)" ] && alone=0 || alone=$((alone + 1))
+        if [ $alone -ge "${ALONE_SECONDS:-900}" ]; then
+            echo "the machines of this run have not met for $alone seconds ($RENDEZVOUS); given up." >&2
+            kill -KILL $agent
+        fi
+        begun=$(starts) # before a checkpoint is looked for: it may be the last start's
+        [ "$(newest)" = "$saved" ] || saved=$(newest) fruitful=$begun
+        [ -e "$notes/refused" ] && end 2 "the recipe was refused; it is not tried again"
+        [ -n "$preempted" ] && [ "$begun" -gt "$preempted" ] && end 143 "stopped, and not saved"
+        [ $((begun - fruitful)) -gt "${MAX_FAILURES:-3}" ] &&
+            end 3 "given up: $((begun - fruitful - 1)) starts in a row left no new checkpoint in $run"
+        [ -n "$code" ] && [ $((SECONDS - ended)) -gt 45 ] && kill -KILL $(ranks) $agent
+        sleep 1 &
+        wait $!
+    done
+    wait $agent
+    agents=$?
+    [ $agents -eq 0 ] && grep -qs '"state": "preempted"' "$run/status.json" && exit 75
+    [ $agents -eq 0 ] && [ -n "$preempted" ] && ! grep -qs '"state": "finished"' "$run/status.json" && exit 143
+    exit ${code:-$agents}
+}
+# Restarts are counted there: torchrun counts those of weeks together. Each start of the ranks is a line.
 torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts=1000000 \
     --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RDZV_ID:-${run//\//-}}" \
     --rdzv-conf=last_call_timeout=10 \
     --no-python bash -c '[ "$LOCAL_RANK" -gt 0 ] || echo >> "$0"; exec mmfusion fit "$@"' "$notes/starts" \
     -c "$@" --run_dir="$run" --resume auto &
-agent=$!
-fruitful=0 saved=$(newest)
-alone=0 # seconds without a rank: an agent waits for ever where the network to the rendezvous is cut
-while kill -0 $agent 2> /dev/null; do
-    [ -n "$(ranks)" ] && alone=0 || alone=$((alone + 1))
-    if [ $alone -ge "${ALONE_SECONDS:-900}" ]; then
-        echo "the machines of this run have not met for $alone seconds ($RENDEZVOUS); given up." >&2
-        kill -KILL $agent
-    fi
-    begun=$(starts) # before a checkpoint is looked for: it may be the last start's
-    [ "$(newest)" = "$saved" ] || saved=$(newest) fruitful=$begun
-    [ -e "$notes/refused" ] && end 2 "the recipe was refused; it is not tried again"
-    [ -n "$preempted" ] && [ "$begun" -gt "$preempted" ] && end 143 "stopped, and not saved"
-    [ $((begun - fruitful)) -gt "${MAX_FAILURES:-3}" ] &&
-        end 1 "given up: $((begun - fruitful - 1)) starts in a row left no new checkpoint in $run"
-    [ -n "$code" ] && [ $((SECONDS - ended)) -gt 45 ] && kill -KILL $(ranks) $agent
-    sleep 1 &
-    wait $!
-done
-wait $agent
-agents=$?
-[ $agents -eq 0 ] && grep -qs '"state": "preempted"' "$run/status.json" && exit 75
-[ $agents -eq 0 ] && [ -n "$preempted" ] && ! grep -qs '"state": "finished"' "$run/status.json" && exit 143
-exit ${code:-$agents}
+watch $!
