@@ -10,12 +10,7 @@
 NODES=${NODES:-${PET_NNODES:-1}} # PET_*: of Kubeflow
 GPUS=${GPUS:-${PET_NPROC_PER_NODE:-1}}
 RENDEZVOUS=${RENDEZVOUS:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}
-recipe=${1:?give a recipe}
-given=$(printf '%s\n' "$@" | sed -n 's/^--run_dir=//p; /^--run_dir$/{n;p}' | tail -n 1)
-run=${given:-${RUN_DIR:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 | tr -d \"\')}}
-run=${run:-runs/$(basename "$recipe" .yaml)}
-run=${run/#\~\//$HOME/}
-
+. launch/run_dir.sh
 . launch/watch.sh
 # Restarts are counted there: torchrun counts those of weeks together. Each start of the ranks is a line.
 torchrun --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts=1000000 \

@@ -30,7 +30,9 @@ def optional_dependencies() -> str:
     return text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "watch.sh", "slurm.sbatch", "env.sh"])
+@pytest.mark.parametrize(
+    "name", ["torchrun.sh", "watch.sh", "run_dir.sh", "slurm.sbatch", "env.sh"]
+)
 def test_scripts_are_bash(name: str) -> None:
     subprocess.run(["bash", "-n", FILES / name], check=True)
 

@@ -267,13 +267,11 @@ def test_a_run_is_where_its_recipes_say(tmp_path, capsys):
     assert "export RUN_DIR=runs/parts\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
-def test_files_by_hand_find_the_run(tmp_path, name):
+def test_files_by_hand_find_the_run(tmp_path):
     """As given, else that of the recipes; as `mmfusion fit` does, the last one."""
-    text = (ROOT / "launch" / name).read_text()
-    lines = text[text.index("recipe=${1") :].splitlines()
-    last = max(i for i, line in enumerate(lines) if line.startswith("run="))
-    script = "\n".join([*lines[: last + 1], 'echo "$run"'])
+    for name in ("torchrun.sh", "slurm.sbatch"):
+        assert "\n. launch/run_dir.sh\n" in (ROOT / "launch" / name).read_text()
+    script = f'. {ROOT}/launch/run_dir.sh; echo "$run"'
     (tmp_path / "a.yaml").write_text("trainer: {}\n")
     (tmp_path / "b.yaml").write_text('run_dir: "runs/of b"\n')
     both = ["a.yaml", "-c", "b.yaml"]
@@ -291,5 +289,11 @@ def test_files_by_hand_find_the_run(tmp_path, name):
     assert found(*both, "--run_dir=runs/given here", RUN_DIR="/shared/run") == "runs/given here"
     assert found(*both, "--run_dir", "runs/by itself") == "runs/by itself"
     assert found(*both, "--run_dir=runs/1", "--run_dir", "runs/2") == "runs/2"
-    if name == "torchrun.sh":  # looks into it by itself
-        assert found("a.yaml", "--run_dir=~/run", HOME="/home/me") == "/home/me/run"
+    assert found("a.yaml", "--run_dir=~/run", HOME="/home/me") == "/home/me/run"
+    for line, run in (
+        ("runs/mine   # my first", "runs/mine"),
+        ('"runs/mine #2" # the second', "runs/mine #2"),
+        ("'runs/my own'", "runs/my own"),
+    ):
+        (tmp_path / "c.yaml").write_text(f"run_dir: {line}\n")
+        assert found(*both, "-c", "c.yaml") == run

@@ -37,12 +37,14 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 NODES=${NODES:-${PET_NNODES:-1}} # PET_*: of Kubeflow
 GPUS=${GPUS:-${PET_NPROC_PER_NODE:-1}}
 RENDEZVOUS=${RENDEZVOUS:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}
+# Of torchrun.sh and slurm.sbatch: where the run is, as --run_dir, $RUN_DIR or the last recipe with a run_dir says.
 recipe=${1:?give a recipe}
-given=$(printf '%s\n' "$@" | sed -n 's/^--run_dir=//p; /^--run_dir$/{n;p}' | tail -n 1)
-run=${given:-${RUN_DIR:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 | tr -d \"\')}}
+run=$(printf '%s\n' "$@" | sed -n 's/^--run_dir=//p; /^--run_dir$/{n;p}' | tail -n 1)
+run=${run:-$RUN_DIR}
+run=${run:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 |
+    sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/[[:space:]]+#.*//; s/[[:space:]]+\$//")}
 run=${run:-runs/$(basename "$recipe" .yaml)}
 run=${run/#\~\//$HOME/}
-
 # Of torchrun.sh: watches torchrun's agent and the ranks that it starts ($notes/starts: a line each time). It gives up
 # after failures without a new checkpoint, hands on a signal to stop, and ends with the code of torchrun.sh.
 notes=$(mktemp -d) || exit

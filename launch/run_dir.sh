@@ -1,0 +1,8 @@
+# Of torchrun.sh and slurm.sbatch: where the run is, as --run_dir, $RUN_DIR or the last recipe with a run_dir says.
+recipe=${1:?give a recipe}
+run=$(printf '%s\n' "$@" | sed -n 's/^--run_dir=//p; /^--run_dir$/{n;p}' | tail -n 1)
+run=${run:-$RUN_DIR}
+run=${run:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 |
+    sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/[[:space:]]+#.*//; s/[[:space:]]+\$//")}
+run=${run:-runs/$(basename "$recipe" .yaml)}
+run=${run/#\~\//$HOME/}
