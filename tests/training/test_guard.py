@@ -49,7 +49,7 @@ NEAR = 5e-5
 """Of weights, where learning rates are 1e-2: Adam makes much of gradients that are next to nothing
 (1.1e-5 of one weight under tensor parallelism).
 """
-TOGETHER = ("still", "shared", "shared3", "tensor")
+TOGETHER = ("still", "shared", "tensor")
 """Without dropout, which ranks that share a pack draw for themselves; the first on one process."""
 
 
@@ -225,7 +225,6 @@ SKIPS = {
     "offload3": (2, [*zero(3), OFFLOAD]),
     "still": (0, []),
     "shared": (2, [SHARED, *DDP]),
-    "shared3": (2, [SHARED, *zero(3)]),
     "tensor": (2, TENSOR),
 }
 
