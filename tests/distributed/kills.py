@@ -488,7 +488,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
         case.behind = bool(runs % 2) and not case.sharded  # every other run, behind training
         run = Run(kills, case, f"{case.name.replace(' x ', '-')}-{runs}")
         runs, newest, done = runs + 1, 0, False
-        while not done and case.seen["kills"] - number < number:
+        while not done and case.seen["kills"] - number < max(number, 8):
             enough = case.seen["kills"] >= number and case.seen["writing"] >= (number + 1) // 2
             if enough:
                 last_start(run, newest)
