@@ -30,6 +30,7 @@ from mmfusion.training.agreement import INIT_FROM, RESUME_FROM, agree, rank
 from mmfusion.training.callbacks.audit import Audit
 from mmfusion.training.callbacks.checkpointing import RunCheckpoint
 from mmfusion.training.callbacks.guard import Guard
+from mmfusion.training.callbacks.lost_ranks import LostRanks
 from mmfusion.training.callbacks.monitor import Monitor
 from mmfusion.training.callbacks.node_metrics import NodeMetrics
 from mmfusion.training.callbacks.run_progress import RunProgress
@@ -235,7 +236,8 @@ class RecipeCommand(LightningCLI):
         found: list[L.Callback] = [Audit()]
         if self.name == "fit":
             progress = RunProgress(self.recipe(), config.val_every_n_steps)
-            watch = [Monitor(), Watchdog(), progress, config.guard]
+            lost = LostRanks(config.timeout_minutes)
+            watch = [Monitor(), Watchdog(), lost, progress, config.guard]
             found = [StreamStateCallback(), *found, *watch, config.checkpoint]
             patience = 48.0 * config.timeout_minutes  # the other ranks wait meanwhile
             artifacts = WandbArtifacts(config.wandb_artifacts, self.recipe(), patience)
@@ -291,6 +293,10 @@ class RecipeCommand(LightningCLI):
             except Rewind as rewind:
                 self.back = self._went_back(run, attempt, start, step, rewind)
                 return
+            except RuntimeError as error:
+                if told := self._one(LostRanks).told(error):
+                    raise ConnectionError(told) from error
+                raise
             finally:
                 if remote := self._one(RunCheckpoint).remote:
                     remote.wait()

@@ -47,20 +47,29 @@ from tests.training import jobs
 from tests.training.tiny import losses, steps, write_recipe
 
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
+ALL_DIVIDED = (
+    "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+)
+OFFLOAD = "--trainer.strategy.offload=cpu"
 STRATEGIES = {
     "auto": [],
     "ddp": ["--trainer.strategy=ddp"],
     "zero1": [ZERO, "--trainer.strategy.stage=1"],
     "zero2": [ZERO, "--trainer.strategy.stage=2"],
-    "zero3": [
-        ZERO,
-        "--trainer.strategy.stage=3",
-        "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}",
-    ],
+    "zero3": [ZERO, "--trainer.strategy.stage=3", ALL_DIVIDED],
+    "zero2_offload": [ZERO, "--trainer.strategy.stage=2", OFFLOAD],
+    "zero3_offload": [ZERO, "--trainer.strategy.stage=3", ALL_DIVIDED, OFFLOAD],
     "fsdp2": ["--strategy=fsdp2"],
     "shards": ["--strategy=fsdp2", "--checkpoint.sharded=true"],
+    "sequence": ["--sequence_parallel=2", "--trainer.strategy=ddp"],
+    "tensor": [
+        "--trainer.strategy=mmfusion.training.strategies.fsdp2.FSDP2",
+        "--trainer.strategy.tensor_parallel=2",
+    ],
 }
 """Options of each strategy. Those that save in folders do not write behind training."""
+SHARING = ("sequence", "tensor")
+"""Of these, ranks that share a pack: not on one, nor with the dropout of runs that share none."""
 MANIFEST = "manifest.json"
 STEPS, EVERY, KEEP = 36, 3, 2
 LIMIT = 300.0
@@ -479,7 +488,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
         case.behind = bool(runs % 2) and not case.sharded  # every other run, behind training
         run = Run(kills, case, f"{case.name.replace(' x ', '-')}-{runs}")
         runs, newest, done = runs + 1, 0, False
-        while not done and case.seen["kills"] - number < number:
+        while not done and case.seen["kills"] - number < max(number, 8):
             enough = case.seen["kills"] >= number and case.seen["writing"] >= (number + 1) // 2
             if enough:
                 last_start(run, newest)
@@ -606,7 +615,7 @@ def main(args: Sequence[str] | None = None) -> list[Case]:
     one = Setting("auto", 1)
     cases = [Case(str(setting), [setting]) for setting in two]
     if not given.no_mixed:
-        others = [Setting(name, ranks) for name in names for ranks in (1, 2)]
+        others = [Setting(name, n) for name in names if name not in SHARING for n in (1, 2)]
         cases = [Case("changing", [one, *others]), Case(str(one), [one]), *cases]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     jobs.CONTEXT.set_forkserver_preload([*jobs.PRELOAD, "deepspeed"])  # seconds of each start

@@ -4,6 +4,7 @@ rank has no pictures to make, or no media at all.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
@@ -41,6 +42,7 @@ STEPS = 6
 NAMES = ("train/loss", "train/next_token", "train/align", "train/denoise")
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
 FSDP2 = "mmfusion.training.strategies.fsdp2.FSDP2"
+TENSOR = "--trainer.strategy.tensor_parallel=2"
 # All weights of a tiny model are below DeepSpeed's threshold, and would not be divided.
 DIVIDED = "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 READS = SMALL | {"layers": [1, -1], "add_embeddings": True, "baseline": "w31"}
@@ -331,6 +333,105 @@ def test_two_hundred_steps_in_which_ranks_differ_in_modalities(home, in_turn, st
     assert all(len(one) == 1 for one in held.values())  # one pack is of one kind
     assert all(held[step, 0] != held[step, 1] for step in range(200))
     assert len({(*held[step, 0], *held[step, 1]) for step in range(200)}) > 1
+
+
+class Idle(L.Callback):
+    """Writes what of each micro-batch is idle as the model is given it: of packs that ranks share,
+    in this rank's part.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / str(trainer.global_rank)
+
+        def note(model: Any, args: tuple[Any, ...]) -> None:
+            if not model.training:
+                return
+            (batch,) = args
+            row = {f"in {name}": one.idle for name, one in batch.media.items()}
+            row |= {f"out {name}": one.idle for name, one in batch.targets.items()}
+            with file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+
+        module.model.register_forward_pre_hook(note)
+
+
+TURNS = 8
+TOGETHER = {
+    "shared by two": (2, ["--sequence_parallel=2", *zero(3)]),
+    "shared by two of four": (4, ["--sequence_parallel=2", "--strategy=ddp"]),
+    "layers of two of four": (4, [f"--trainer.strategy={FSDP2}", TENSOR]),
+    "deepspeed_2_offload": (2, ["--strategy=deepspeed_2_offload"]),
+    "deepspeed_3_offload": (2, [*zero(3), "--trainer.strategy.offload=cpu"]),
+}
+"""Ranks and options."""
+
+
+@pytest.fixture(scope="module")
+def turns(in_turn: Path) -> Callable[[int, list[str], str], Path]:
+    """A few steps, without dropout, which ranks that share a pack draw for themselves."""
+    recipe = yaml.safe_load(in_turn.read_text())
+    for projector in recipe["model"]["input_projectors"].values():
+        projector["init_args"] = {"dropout": 0.0}
+    path = in_turn.with_name("turns.yaml")
+    path.write_text(yaml.safe_dump(recipe))
+
+    def made(world: int, options: list[str], name: str) -> Path:
+        folder = {"folder": f"{path.parent}/{name}-idle"}
+        idle = {"class_path": f"{__name__}.Idle", "init_args": folder}
+        more = [f"--trainer.max_steps={TURNS}", f"--trainer.callbacks+=[{idle}]"]
+        return run(path.parent, path, name, world, *options, *more)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def in_turn_alone(turns: Callable[[int, list[str], str], Path]) -> Path:
+    return turns(1, [], "turns")
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_parts_that_nothing_is_there_for_change_nothing(turns, in_turn_alone, name):
+    """Packs of one kind each: ranks without pictures to see or to make, without sounds, with words
+    alone, and parts of a pack without what is in the other part of it.
+    """
+    world, options = TOGETHER[name]
+    path = turns(world, options, name)
+    ours, theirs = figures(in_turn_alone), figures(path)
+    assert len(ours) == TURNS
+    assert {key for row in ours for key in row} == set(NAMES)
+    for one, two in zip(ours, theirs, strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    norms = [
+        [row["train/grad_norm"] for row in read_metrics(p / "metrics.csv") if NAMES[0] in row]
+        for p in (in_turn_alone, path)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4, abs=1e-5)
+    kept = [read_checkpoint(by_step(p / "checkpoints")[-1]) for p in (path, in_turn_alone)]
+    weights = [without_key_biases(one["state_dict"]) for one in kept]
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    states = [one["optimizer_states"][0]["state"] for one in kept]
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-4)
+    files = [Path(f"{path}-idle") / str(rank) for rank in range(world)]
+    rows = [[json.loads(line) for line in file.open()] for file in files]
+    for kind in ("in image", "in audio", "out image"):  # each at a time here and not there
+        given = [tuple(row[kind] for row in now) for now in zip(*rows, strict=True)]
+        assert any(any(now) and not all(now) for now in given), (kind, given)
+    assert any(all(row.values()) for one in rows for row in one)  # words alone
+
+
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Softmax does not see what is added to all keys: the gradient is what rounding leaves, of
+    which Adam makes steps.
+    """
+    found = {name: weight.clone() for name, weight in weights.items()}
+    for name, weight in found.items():
+        if name.endswith("in_proj_bias"):
+            weight.chunk(3)[1].zero_()
+    return found
 
 
 def refused_by(home: Path, name: str, *args: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,10 @@ class Two:
             process.wait(max(deadline - time.monotonic(), 1))
         return [process.returncode for process in self.hosts.values()]
 
+    def log(self, host: str) -> str:
+        """What the line has said there."""
+        return (self.home / f"{self.name}-{host}.log").read_text()
+
     def logs(self) -> str:
         files = sorted(self.home.glob(f"{self.name}-*.log"))
         return "".join(f"{path}\n{path.read_text()}" for path in files)
@@ -143,6 +148,7 @@ def test_a_lost_host_is_done_without_until_it_is_back(home, whole):
 
 
 def test_a_cut_cable_ends_the_job_on_both_sides(home):
+    """Each says whom it does not hear of any more, for how long, and what to do; rank and agent."""
     two = Two(home, "cut", "2", "--timeout_minutes=0.25")
     two.at_step(9)
     hosts.cut(B)
@@ -151,7 +157,19 @@ def test_a_cut_cable_ends_the_job_on_both_sides(home):
     finally:
         hosts.mend(B)
     assert two.run.status()["state"] == "failed"
-    assert two.logs().count("have not met for 60 seconds") >= 1
+    hosts_of_ranks = re.findall(r"GLOBAL_RANK: (\d)", two.log(A) + two.log(B))
+    for own, other in ((A, B), (B, A)):
+        ranks = {A: hosts_of_ranks[0], B: hosts_of_ranks[1]}
+        said = two.log(own)
+        lost = (
+            f"rank {ranks[own]} on {own} has heard nothing of rank {ranks[other]} on {other} for "
+            "15 seconds (timeout_minutes). That host is down, the network to it is cut,"
+        )
+        assert lost in said, said
+        assert "The same command goes on from the newest checkpoint" in said
+        assert f"{own}: no rank of this run was here for 60 seconds (ALONE_SECONDS)" in said, said
+        assert f"have not met at {A}:29400; given up" in said
+        assert "The same line on each goes on from the newest checkpoint" in said
 
 
 def test_an_evicted_host_takes_the_other_one_along_with_all_saved(home, whole):

@@ -39,6 +39,18 @@ SPIKE = 9
 ZERO = "--trainer.strategy=mmfusion.training.strategies.zero.ZeRO"
 DIVIDED = "--trainer.strategy.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 DDP = ["--trainer.strategy=ddp"]
+OFFLOAD = "--trainer.strategy.offload=cpu"
+SHARED = "--sequence_parallel=2"
+TENSOR = [
+    "--trainer.strategy=mmfusion.training.strategies.fsdp2.FSDP2",
+    "--trainer.strategy.tensor_parallel=2",
+]
+NEAR = 5e-5
+"""Of weights, where learning rates are 1e-2: Adam makes much of gradients that are next to nothing
+(1.1e-5 of one weight under tensor parallelism).
+"""
+TOGETHER = ("still", "shared", "tensor")
+"""Without dropout, which ranks that share a pack draw for themselves; the first on one process."""
 
 
 def zero(stage: int) -> list[str]:
@@ -62,11 +74,22 @@ def names_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     return sorted(f"{row['source']}/{row['epoch']}/{row['index']}" for row in rows)
 
 
-def broken(home: Path, samples: list[list[str]], *steps: int, **arguments: object) -> Path:
-    """A recipe in which a sample of each of these steps is broken."""
+def broken(
+    home: Path, samples: list[list[str]], *steps: int, still: bool = False, **arguments: object
+) -> Path:
+    """A recipe in which a sample of each of these steps is broken; ``still``: without dropout."""
     init = {"samples": [samples[step][0] for step in steps], **arguments}
     objective = {"class_path": f"{HERE}.Broken", "init_args": init}
-    return write_recipe(home, model__objectives={"next_token": objective}, trainer__max_steps=STEPS)
+    changes: dict[str, object] = {
+        "model__input_projectors__image__init_args": {"dropout": 0.0},
+        "model__tuning__llm__init_args__dropout": 0.0,
+    }
+    return write_recipe(
+        home,
+        model__objectives={"next_token": objective},
+        trainer__max_steps=STEPS,
+        **(changes if still else {}),
+    )
 
 
 def run(home: Path, recipe: Path, name: str, *options: str, world: int = 0) -> Path:
@@ -109,6 +132,8 @@ def history(folder: Path) -> list[tuple[int, list[str]]]:
     """Steps with their samples as they were taken, one after another, ranks together."""
     found: list[tuple[int, list[str]]] = []
     ranks = [[json.loads(x) for x in path.open()] for path in sorted(folder.glob("rank*.jsonl"))]
+    if all([r["samples"] for r in rank] == [r["samples"] for r in ranks[0]] for rank in ranks):
+        ranks = ranks[:1]  # they share their packs
     micro_batches = 2 // len(ranks)
     for number, rows in enumerate(zip(*ranks, strict=True)):
         if number % micro_batches == 0:
@@ -196,19 +221,25 @@ SKIPS = {
     "zero2": (2, zero(2)),
     "zero3": (2, zero(3)),
     "fsdp2": (2, ["--strategy=fsdp2"]),
+    "offload2": (2, ["--strategy=deepspeed_2_offload"]),
+    "offload3": (2, [*zero(3), OFFLOAD]),
+    "still": (0, []),
+    "shared": (2, [SHARED, *DDP]),
+    "tensor": (2, TENSOR),
 }
 
 
 @pytest.fixture(scope="module")
 def left_out(home: Path, samples: list[list[str]]) -> Callable[[str, int], Path]:
     """A run with NaN in step 6, or with a spike in step 9: two micro-batches a step on one rank,
-    clipped; the broken sample is on one of two ranks.
+    clipped; the broken sample is on one of two ranks, of those that share it in the first's part.
     """
 
     @cache
     def made(name: str, bad: int) -> Path:
         world, options = SKIPS[name]
-        recipe = broken(home, samples, bad, adds=1e6 if bad == SPIKE else None)
+        adds = 1e6 if bad == SPIKE else None
+        recipe = broken(home, samples, bad, adds=adds, still=name in TOGETHER)
         options = [*options, "--checkpoint.every_n_steps=1", "--checkpoint.keep_last=99"]
         if bad == SPIKE:
             options += ["--guard.spike=skip", "--guard.window=8"]
@@ -239,13 +270,17 @@ def test_a_step_left_out_changes_neither_weights_nor_momentum(samples, left_out,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [BAD, SPIKE])
-@pytest.mark.parametrize("name", sorted(set(SKIPS) - {"alone", "bf16"}))
+@pytest.mark.parametrize("name", sorted(set(SKIPS) - {"alone", "bf16", "still"}))
 def test_ranks_leave_out_what_one_process_leaves_out(left_out, name, bad):
-    ours, theirs = curve(left_out("alone", bad)), curve(left_out(name, bad))
+    one, two = left_out("still" if name in TOGETHER else "alone", bad), left_out(name, bad)
+    ours, theirs = curve(one), curve(two)
     assert sorted(ours) == sorted(theirs) == [*range(STEPS)]
     assert math.isnan(ours[BAD]) == math.isnan(theirs[BAD]) == (bad == BAD)
     assert (ours[SPIKE] > 100) == (bad == SPIKE)
     assert theirs == pytest.approx(ours, rel=1e-5, nan_ok=True)
+    for step in (bad + 1, STEPS):
+        states = [checkpoint(path, step)["state_dict"] for path in (two, one)]
+        torch.testing.assert_close(*states, atol=NEAR, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -314,13 +349,17 @@ REWIND = ["--guard.not_finite=rewind", "--guard.spike=rewind", "--guard.window=8
 @pytest.fixture(scope="module")
 def planned(home: Path, samples: list[list[str]]) -> dict[int, float]:
     """The curve of a run that leaves the same packs out from its start, without an accident."""
-    recipe = broken(home, samples, BAD)
-    (home / "planned").mkdir()
-    (home / "planned" / "left_out.json").write_text(json.dumps([WINDOW | {"why": "as planned"}]))
-    found = curve(run(home, recipe, "planned"))
+    return curve(as_planned(home, samples, "planned"))
+
+
+def as_planned(home: Path, samples: list[list[str]], name: str) -> Path:
+    recipe = broken(home, samples, BAD, still="still" in name)
+    (home / name).mkdir()
+    (home / name / "left_out.json").write_text(json.dumps([WINDOW | {"why": "as planned"}]))
+    path = run(home, recipe, name)
     order = [(step, samples[step + 3 * (step > 3)]) for step in range(STEPS)]
-    assert history(home / "planned-packs") == order
-    return found
+    assert history(home / f"{name}-packs") == order
+    return path
 
 
 def noted(path: Path) -> list[dict]:
@@ -367,6 +406,30 @@ def test_a_run_goes_back_and_on_behind_the_packs(home, samples, planned, name):
     logs = [(path / "attempts" / f"000{i}" / "log.txt").read_text() for i in (1, 2)]
     assert f"optimizer step {BAD} are not finite" in logs[0]
     assert "went back from step 6 to 4; packs 16 to 27 are left out" in logs[0]
+
+
+OTHERS = ("offload2", "offload3", "shared", "tensor")
+"""Of :data:`SKIPS`."""
+
+
+@pytest.fixture(scope="module")
+def planned_still(home: Path, samples: list[list[str]]) -> Path:
+    return as_planned(home, samples, "planned, still")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_ranks_that_offload_or_share_go_back_alike(home, samples, planned_still, name):
+    world, options = SKIPS[name]
+    recipe = broken(home, samples, BAD, still=True)
+    path = run(home, recipe, f"back-{name}", *REWIND, *options, world=world)
+    assert history(home / f"back-{name}-packs") == back_and_on(samples)
+    assert noted(path) == [WINDOW]
+    assert curve(path) == pytest.approx(curve(planned_still), rel=1e-5)
+    found, expected = (checkpoint(one, STEPS) for one in (path, planned_still))
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=NEAR, rtol=1e-4)
+    states = [one["optimizer_states"][0]["state"] for one in (found, expected)]
+    torch.testing.assert_close(*states, atol=NEAR, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ class NotANumber(NextToken):
 
 class Broken(NextToken):
     """Next token; each of some samples, as ``source/epoch/index``, adds a number to the loss (None:
-    NaN).
+    NaN), of ranks that share its pack to the first one's.
     """
 
     def __init__(self, samples: list[str], adds: float | None = None) -> None:
@@ -220,6 +220,8 @@ class Broken(NextToken):
 
     def forward(self, model: AnyToAnyModel, output: ModelOutput, batch: Batch) -> Loss:
         loss = super().forward(model, output, batch)
+        if model.sequence_group is not None and model.sequence_group.rank:
+            return loss
         refs = [sample.ref for sample in batch.samples]
         found = sum(f"{r.source}/{r.epoch}/{r.index}" in self.samples for r in refs)
         return replace(loss, total=loss.total + found * self.adds) if found else loss

@@ -82,7 +82,9 @@ watch() { # AGENT
     while kill -0 $agent 2> /dev/null; do
         [ -n "$(ranks)" ] && alone=0 || alone=$((alone + 1))
         if [ $alone -ge "${ALONE_SECONDS:-900}" ]; then
-            echo "the machines of this run have not met for $alone seconds ($RENDEZVOUS); given up." >&2
+            echo "$(uname -n): no rank of this run was here for $alone seconds (ALONE_SECONDS), for the machines of this" \
+                "run have not met at $RENDEZVOUS; given up. The network between them is cut, or the others are gone: look" \
+                "at what each said last. The same line on each goes on from the newest checkpoint in $run." >&2
             kill -KILL $agent
         fi
         begun=$(starts) # before a checkpoint is looked for: it may be the last start's
