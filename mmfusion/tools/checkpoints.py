@@ -37,12 +37,17 @@ def checkpoints(run: str, verify: bool = False, keep: NonNegativeInt | None = No
     """List the checkpoints of a run, and what their manifests say.
 
     Args:
-        run: its directory.
+        run: its directory, or a folder of copies (``checkpoint.remote``).
         verify: compare each with its manifest to the last byte, and say which would be gone on
             from.
-        keep: remove all but so many of the newest (and, of those that are whole, never the last).
+        keep: remove all but so many of the newest that are whole; one of these stays in any case.
+
+    Raises:
+        SystemExit: with code 1 where ``verify`` finds one that is not whole.
     """
     directory = RunDirectory(expand(run))
+    if by_step(directory.path):  # copies have no run around them
+        directory.checkpoints = directory.path
     found = by_step(directory.checkpoints)
     if not found:
         raise FileNotFoundError(f"{directory.checkpoints} has no checkpoint (step-*).")
@@ -54,6 +59,8 @@ def checkpoints(run: str, verify: bool = False, keep: NonNegativeInt | None = No
     console.print(table(directory, about, defects))
     for line in in_common([given for given in about.values() if given is not None]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if verify and any(defects[path] for path in found):
+        raise SystemExit(1)
 
 
 def prune(

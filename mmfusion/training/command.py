@@ -260,7 +260,8 @@ class RecipeCommand(LightningCLI):
         leads = rank() == 0
         if leads:
             run.check_recipe(recipe, self.config.allow_recipe_change)
-        start = agree(self.trainer, RESUME_FROM, lambda: self._find(run))
+        passed_over: list[str] = []
+        start = agree(self.trainer, RESUME_FROM, lambda: self._find(run, passed_over))
         step, made = 0, None
         if start:
             made = self._made_by(start, recipe) if leads else None
@@ -277,7 +278,7 @@ class RecipeCommand(LightningCLI):
             self.datamodule.open_shards()  # refused here, before anything is made
         with run.open(recipe, step) if leads else nullcontext() as attempt, stopping_at_once():
             if attempt is not None:
-                run.set_aside(step if start else -1, attempt)
+                run.set_aside(step if start else -1, attempt, passed_over)
                 if self.config.resume == "none" and self._back is None:
                     forget_left_out(run.path, attempt.path)
                 self._one(StreamStateCallback).left_out = read_left_out(run.path)
@@ -333,7 +334,7 @@ class RecipeCommand(LightningCLI):
             run.release()
         return Back(target, keeper.signal)
 
-    def _find(self, run: RunDirectory) -> Path | None:
+    def _find(self, run: RunDirectory, passed_over: list[str]) -> Path | None:
         """The checkpoint to go on from; of the remote copies, where the run directory has none."""
         if self._back is not None:
             return self._back.start
@@ -346,7 +347,7 @@ class RecipeCommand(LightningCLI):
                     self._check_fetched(path, remote.url)
                     run.adopt(remote.run_id())
                     log.info(f"{path} was fetched from {remote.url}")
-        return find(run.path, self.config.resume)
+        return find(run.path, self.config.resume, passed_over)
 
     def _check_fetched(self, path: Path, url: str) -> None:
         """Refuse another run's: there is no ``config.yaml`` yet to compare the recipe with."""

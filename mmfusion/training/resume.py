@@ -26,13 +26,18 @@ STEP_NAME = re.compile(r"step-(\d+)(?:\.ckpt)?")
 """Of a checkpoint: a file, ``step-00000100.ckpt``, or a folder, ``step-00000100``."""
 
 
-def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "auto") -> Path | None:
+def find(
+    run_dir: str | Path,
+    mode: Literal["auto", "must", "none"] | str = "auto",
+    passed_over: list[str] | None = None,
+) -> Path | None:
     """The checkpoint to go on from: the newest by step that is complete.
 
     Args:
         run_dir: the run directory.
         mode: ``auto`` starts at step 0 where there is none, ``must`` fails, ``none`` always starts
             at step 0; anything else is the path of a checkpoint.
+        passed_over: takes names of newer ones that are not complete, and why.
 
     Raises:
         FileNotFoundError: ``must`` without a checkpoint, or the given path is not there.
@@ -50,6 +55,8 @@ def find(run_dir: str | Path, mode: Literal["auto", "must", "none"] | str = "aut
         if defect is None:
             for reason in reasons:
                 log.warning("not resuming from %s", reason)
+            if passed_over is not None:
+                passed_over += reasons
             return path
         reasons.append(f"{path.name}: {defect}")
     if reasons:

@@ -25,7 +25,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -218,9 +218,14 @@ class RunDirectory:
         """Let the next attempt, of this process too, hold the run."""
         self._locked.close()
 
-    def set_aside(self, after_step: int, attempt: Attempt) -> None:
+    def set_aside(self, after_step: int, attempt: Attempt, why: Sequence[str] = ()) -> None:
         """Move checkpoints beyond the step the run goes on from into the attempt's folder, so that
         no later resume mixes them with this attempt's.
+
+        Args:
+            after_step: that step.
+            attempt: that begins.
+            why: what is wrong with them.
         """
         newer = [p for p in by_step(self.checkpoints) if step_of(p) > after_step]
         for path in newer:
@@ -231,9 +236,10 @@ class RunDirectory:
             latest, left = self.checkpoints / LATEST, by_step(self.checkpoints)
             replace_text(latest, left[-1].name + "\n") if left else latest.unlink(missing_ok=True)
             log = logging.getLogger(__name__)
-            log.warning(
-                "%d checkpoints beyond step %d moved to %s", len(newer), after_step, target.parent
-            )
+            names = ", ".join(path.name for path in newer)
+            log.warning("%s, beyond step %d, moved to %s", names, after_step, target.parent)
+            for reason in why:  # nobody listened for this attempt when it was found
+                log.warning("not resumed from %s", reason)
 
 
 class _WithoutSecrets(logging.Formatter):

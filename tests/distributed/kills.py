@@ -67,7 +67,7 @@ STRATEGIES = {
         "--trainer.strategy.tensor_parallel=2",
     ],
 }
-"""Options of each strategy. Those that save in folders do not write behind training."""
+"""Options of each strategy."""
 SHARING = ("sequence", "tensor")
 """Of these, ranks that share a pack: not on one, nor with the dropout of runs that share none."""
 MANIFEST = "manifest.json"
@@ -485,7 +485,7 @@ def killed_runs(kills: Kills, case: Case, number: int) -> None:
     """Run after run, until so many kills."""
     runs = 0
     while case.seen["kills"] < number or case.seen["writing"] < (number + 1) // 2:
-        case.behind = bool(runs % 2) and not case.sharded  # every other run, behind training
+        case.behind = bool(runs % 2)  # every other run, behind training
         run = Run(kills, case, f"{case.name.replace(' x ', '-')}-{runs}")
         runs, newest, done = runs + 1, 0, False
         while not done and case.seen["kills"] - number < max(number, 8):
@@ -632,7 +632,7 @@ def main(args: Sequence[str] | None = None) -> list[Case]:
         elif may_mount(kills.folder / "llm"):
             for i, case in enumerate(cases):
                 if case.exact:
-                    case.behind = bool(i % 2) and not case.sharded
+                    case.behind = bool(i % 2)
                     full_disk(kills, case)
         else:
             print("SKIPPED: full disks, for mounting a small one needs root")

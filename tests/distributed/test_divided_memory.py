@@ -4,8 +4,10 @@ taken its share.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tests.training import jobs
 from tests.training.tiny import write_recipe
 
 pytestmark = pytest.mark.slow
+MMAP_THRESHOLD = -3
+"""Of glibc's mallopt."""
 
 
 def own_memory() -> int:
@@ -34,6 +38,7 @@ class Peak(L.Callback):
         self.folder, self.over = Path(folder), threading.Event()
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed is given back
         self.before = self.peak = own_memory()
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
@@ -65,9 +70,15 @@ FULL = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 1e-2}}
 
 
 def peaks(
-    home: Path, strategy: str, llm: str, tuning: object = LORA, dtype: str = "float32"
+    home: Path,
+    strategy: str,
+    llm: str,
+    tuning: object = LORA,
+    dtype: str = "float32",
+    name: str | None = None,
+    options: Sequence[str] = (),
 ) -> list[int]:
-    """Of a run of one step, by rank."""
+    """Of a run of one step more, by rank."""
     path = write_recipe(
         home,
         trainer__max_steps=1,
@@ -77,11 +88,11 @@ def peaks(
         data__packs_per_step=2,
         model__schedule={"warmup_steps": 0},
     )
-    name = f"{strategy}-{llm}-{dtype}"
+    name = name or f"{strategy}-{llm}-{dtype}"
     watch = {"class_path": f"{__name__}.Peak", "init_args": {"folder": f"{home}/{name}"}}
     args = ["fit", "-c", str(path), f"--run_dir={home}/run-{name}", "--timeout_minutes=2"]
     args += [f"--trainer.callbacks=[{json.dumps(watch)}]", "--trainer.devices=2"]
-    codes = jobs.run_ranks([*args, f"--strategy={strategy}"], home / f"{name}.log", 2)
+    codes = jobs.run_ranks([*args, f"--strategy={strategy}", *options], home / f"{name}.log", 2)
     assert codes == [0, 0], "".join(p.read_text() for p in home.glob(f"{name}.[01]"))
     return [int((home / name / f"{rank}").read_text()) for rank in (0, 1)]
 
@@ -104,3 +115,24 @@ def test_no_rank_holds_the_whole_llm_in_float32_where_all_of_it_trains(home):
     libraries = min(peaks(home, "fsdp2", "llm", FULL, "bfloat16"))
     for peak in peaks(home, "fsdp2", "half", FULL, "bfloat16"):
         assert 0.8 * size < peak - libraries < 1.6 * size, (peak, libraries, size)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded"), [("fsdp2", False), ("fsdp2", True), ("deepspeed_3", True)]
+)
+def test_no_rank_holds_the_whole_llm_that_a_checkpoint_has(home, strategy, sharded):
+    """Trained whole, then begun from with adapters, and gone on from: with half of Adam's state,
+    which is as large as the LLM.
+    """
+    saving = [f"--checkpoint.sharded={str(sharded).lower()}"]
+    name = f"{strategy}-{sharded}"
+    size = (home / "large" / "model.safetensors").stat().st_size
+    fresh = peaks(home, strategy, "large", FULL, name=f"{name} whole", options=saving)
+    run = home / f"run-{name} whole"
+    begin = [f"--model.init_from={run}"]
+    for peak in peaks(home, strategy, "large", name=f"{name} begun", options=begin):
+        assert 0.4 * size < peak < 0.7 * size, (peak, size)
+    on = [f"--run_dir={run}", "--trainer.max_steps=2", "--resume=must", "--allow_recipe_change"]
+    later = peaks(home, strategy, "large", FULL, name=f"{name} on", options=[*on, *saving])
+    for peak, before in zip(later, fresh, strict=True):
+        assert 0.9 * size < peak - before < 1.1 * size, (peak, before, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_they_are_listed_and_verified(
     assert [line for line in lines if "latest" in line] == [
         line for line in lines if "step-00000008" in line
     ]
-    main(["checkpoints", str(run.path), "--verify"])
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoints", str(run.path), "--verify"])
+    assert ended.value.code == 1
     said = {word: line for line in capsys.readouterr().out.splitlines() for word in line.split()}
     assert "whole" in said["step-00000008.ckpt"]
     assert "cannot be read" in said["step-00000006.ckpt"]
@@ -79,7 +82,8 @@ def test_a_checkpoint_that_is_a_folder_is_shown_and_verified(
         files = ["rank0", write_rest(folder, step)]
         manifest.write(folder, files, {"step": step, "strategy": "fsdp2[/]", "world_size": 8})
     (folder / "rank0").write_bytes(bytes(9))
-    main(["checkpoints", str(tmp_path), "--verify"])
+    with pytest.raises(SystemExit):
+        main(["checkpoints", str(tmp_path), "--verify"])
     lines = {word: line for line in capsys.readouterr().out.splitlines() for word in line.split()}
     assert all(one in lines["step-00000002"] for one in ("1.0", "8", "fsdp2", "whole"))
     assert "rank0 has 9 bytes" in lines["step-00000004"]
@@ -93,6 +97,10 @@ def test_only_whole_ones_are_kept(run: RunDirectory, capsys: pytest.CaptureFixtu
     main(["checkpoints", str(run.path), "--keep=2"])
     assert names(run) == ["step-00000004.ckpt", "step-00000006.ckpt"]
     assert (run.checkpoints / "latest").read_text() == "step-00000006.ckpt\n"
+    copies = run.checkpoints.parent / "elsewhere"
+    shutil.copytree(run.checkpoints, copies)
+    main(["checkpoints", str(copies), "--keep=1", "--verify"])
+    assert [path.name for path in by_step(copies)] == ["step-00000006.ckpt"]
     main(["checkpoints", str(run.path), "--keep=0"])
     assert names(run) == ["step-00000006.ckpt"]
     assert find(run.path) == run.checkpoints / "step-00000006.ckpt"

@@ -127,6 +127,8 @@ def test_a_torn_newest_checkpoint_is_passed_over(home, recipe, whole):
     newest.write_bytes(newest.read_bytes()[:-100])
     assert run_to_end(home, recipe, "torn") == whole
     assert "not resuming from step-00000012.ckpt" in (home / "torn.log").read_text()
+    logs = [path.read_text() for path in (home / "torn" / "attempts").glob("*/log.txt")]
+    assert any("not resumed from step-00000012.ckpt: " in text for text in logs)
 
 
 def wait_for_the_signal():

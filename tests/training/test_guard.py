@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -24,7 +25,7 @@ import torch
 from mmfusion.tools.data_at_step import at_step, samples_at
 from mmfusion.training import rewind
 from mmfusion.training.callbacks.guard import Guard, highest
-from mmfusion.training.checkpoint import read_checkpoint
+from mmfusion.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mmfusion.training.command import RecipeCommand
 from mmfusion.training.loggers import read_metrics
 from mmfusion.training.resume import find
@@ -410,6 +411,33 @@ def test_a_run_goes_back_and_on_behind_the_packs(home, samples, planned, name):
 
 OTHERS = ("offload2", "offload3", "shared", "tensor")
 """Of :data:`SKIPS`."""
+
+
+def slow_disk() -> None:
+    """A checkpoint is being written until long after the next steps."""
+    for name in ("_write", "_write_shards"):
+        write = getattr(AtomicCheckpointIO, name)
+
+        def slowly(*args: Any, write: Any = write) -> Any:
+            time.sleep(4)
+            return write(*args)
+
+        setattr(AtomicCheckpointIO, name, slowly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sharded"), [("two", True), ("divided", False), ("divided", True)]
+)
+def test_it_goes_back_to_what_is_still_being_written(home, samples, planned, name, sharded):
+    world, options = RANKS[name]
+    options = [*options, "--checkpoint.behind=true", f"--checkpoint.sharded={str(sharded).lower()}"]
+    path, recipe = home / f"slow-{name}-{sharded}", broken(home, samples, BAD)
+    codes = start(home, recipe, path.name, *REWIND, *options, world=world, prepare=slow_disk)
+    assert set(codes) == {0}
+    assert history(home / f"{path.name}-packs") == back_and_on(samples)
+    assert noted(path) == [WINDOW]
+    assert curve(path) == pytest.approx(planned, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

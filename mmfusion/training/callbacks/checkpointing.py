@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.stopping import STOPPING, RunInterrupted
@@ -256,7 +257,8 @@ class RunCheckpoint(Checkpoint):
 
     def _about(self, trainer: L.Trainer) -> dict[str, Any]:
         strategy = cast(Any, trainer.strategy)
-        name = getattr(strategy, "strategy_name", type(strategy).__name__)
+        kind = "ddp" if type(strategy) is DDPStrategy else type(strategy).__name__
+        name = getattr(strategy, "strategy_name", kind)
         stage = getattr(strategy, "stage", None)
         sources = data_of(trainer).state.spec.sources
         return {

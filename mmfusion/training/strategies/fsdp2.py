@@ -276,7 +276,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
         mesh, placements = parameter.device_mesh, parameter.placements
         value = value.to(self.root_device)
         share = distribute_tensor(value, mesh, placements, src_data_rank=None)
-        return share.to(parameter.device)
+        return share.to(parameter.device).clone()  # a view would keep all of it
 
 
 def _dimensions(tensor: Any) -> tuple[str, ...]:
