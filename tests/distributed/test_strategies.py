@@ -238,7 +238,9 @@ def test_every_weight_of_an_llm_trains_divided(home):
 
 @pytest.mark.parametrize("name", ["fsdp2", "deepspeed_3, all divided"])
 def test_an_llm_of_half_precision_trains_whole_in_float32(home, name):
-    """It is made so as it is divided, and goes on with the values of its checkpoint."""
+    """It is made so as it is divided, and goes on with the values of its checkpoint; a later stage
+    has them too, whether it trains them or adapters beside them.
+    """
     full = {"class_path": "mmfusion.tuning.Full", "init_args": {"lr": 3e-3}}
     path = write_recipe(
         home,
@@ -257,6 +259,13 @@ def test_an_llm_of_half_precision_trains_whole_in_float32(home, name):
         kept = read_checkpoint(newest)["state_dict"]
         assert {weight.dtype for weight in kept.values()} == {torch.float32}
     assert curve(found) == pytest.approx(ours[:3], abs=2e-5)
+    adapters = write_recipe(home, trainer__max_steps=4, model__llm__init_args__dtype="bfloat16")
+    for later in (path, adapters):
+        begin = [f"--model.init_from={found}"]
+        one = stopped(home, later, f"{later.stem} later beside {name}", 1, *begin)
+        two = stopped(home, later, f"{later.stem} later on {name}", 2, *GIVEN[name], *begin)
+        assert curve(two) == pytest.approx(curve(one), abs=2e-5)
+        assert curve(one) != pytest.approx(ours[:1], abs=1e-2)
 
 
 @pytest.mark.parametrize("name", ["deepspeed_2_offload", "deepspeed_3, all divided", "fsdp2"])
