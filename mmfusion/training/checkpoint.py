@@ -38,7 +38,8 @@ REQUIRED_KEYS = (
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Single-file checkpoints, written whole or not at all, read without unpickling objects.
+    """Checkpoints, written whole or not at all, read without unpickling objects: single files, and
+    a rank's part of a folder (:class:`mmfusion.training.shard_saves.ShardSaves`).
 
     Attributes:
         behind: training goes on while a checkpoint is written; only its copy in the host's memory
@@ -102,12 +103,11 @@ class AtomicCheckpointIO(CheckpointIO):
             ValueError: as :meth:`save_checkpoint`.
         """
         rest, shares = sharded.split(checkpoint, rank, world)
-        if rank == 0:
-            _check_plain(rest, "")
-        if self.behind:
-            rest = _copy(rest)
-            shares = [replace(share, values=_copy(share.values)) for share in shares]
         given = rest if rank == 0 else None
+        _check_plain(given, "")
+        if self.behind:
+            given = _copy(given)
+            shares = [replace(share, values=_copy(share.values)) for share in shares]
         return self._thread.submit(self._write_shards, folder, rank, shares, given)
 
     def _write_shards(

@@ -53,6 +53,7 @@ from mmfusion.training.rewind import Rewind, forget_left_out, go_back, read_left
 from mmfusion.training.run import NOT_THE_RECIPE, Attempt, RunDirectory, fingerprint, recipe_of
 from mmfusion.training.stored_parts import use_features
 from mmfusion.training.strategies.names import Strategy
+from mmfusion.training.strategies.shares import GatheredCheckpoints
 from mmfusion.training.trackers import default_loggers
 from mmfusion.training.trainer import TRAINER_DEFAULTS, as_list, make_trainer
 from mmfusion.training.wandb_segment import agents_folder
@@ -302,7 +303,7 @@ class RecipeCommand(LightningCLI):
                 if remote := self._one(RunCheckpoint).remote:
                     remote.wait()
             if self._one(RunProgress).owes_validation(self.trainer):  # cut off at the last step
-                self.trainer.validate(self.model, self.datamodule, verbose=False)
+                self._make_up_for_validation()
             done, talk = self.trainer.global_step, f"mmfusion chat {shlex.quote(str(run.path))}"
             if timer := self._out_of_time():
                 log.info(f"{run.path}: {timer} at step {done}; the same command goes on from here")
@@ -333,6 +334,17 @@ class RecipeCommand(LightningCLI):
         if attempt is not None:
             run.release()
         return Back(target, keeper.signal)
+
+    def _make_up_for_validation(self) -> None:
+        """Where the model is not divided: a second time it cannot be."""
+        if isinstance(self.trainer.strategy, GatheredCheckpoints):
+            log.warning(
+                "the validation after the last step was cut off, and cannot be made up for under "
+                f"this strategy: mmfusion validate -c {self.config.run_dir}/config.yaml "
+                "--strategy=ddp makes it"
+            )
+        else:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def _find(self, run: RunDirectory, passed_over: list[str]) -> Path | None:
         """The checkpoint to go on from; of the remote copies, where the run directory has none."""

@@ -210,6 +210,9 @@ class Unread(Mapping[Any, Any]):
             return torch.empty(shape, dtype=getattr(torch, kind), device="meta")
         return self._shares.read(self._names[name], 0, math.prod(shape)).reshape(shape)
 
+    def __contains__(self, name: Any) -> bool:
+        return name in self._beside or name in self._names  # without reading it
+
     def __iter__(self) -> Iterator[Any]:
         return iter([*self._beside, *self._names])
 

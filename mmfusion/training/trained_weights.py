@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mmfusion.kept_weights import check_meaning, meaning, take_rows
-from mmfusion.training import manifest
+from mmfusion.training import manifest, sharded
 from mmfusion.training.checkpoint import (
     kept_state,
     load_kept,
@@ -139,10 +139,21 @@ def check_own(module: MultimodalModule, checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint has no weights for {len(missing)} tensors that train here: "
             f"{missing[:4]}. It was made with another model.tuning."
         )
-    if surplus := sorted(there - set(module.state_dict())):
+    own, shapes = module.state_dict(), sharded.shapes(checkpoint["state_dict"])
+    if surplus := sorted(there - set(own)):
         raise ValueError(
             f"{len(surplus)} tensors of the checkpoint have no place here: {surplus[:4]}. It "
             "was made with other parts or another model.tuning."
+        )
+    wrong = [
+        f"{name}: {tuple(shapes[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in sorted(there)
+        if shapes[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors of the checkpoint have another shape in this recipe: "
+            f"{', '.join(wrong[:4])}. It was made with other parts or another model.tuning."
         )
 
 

@@ -254,6 +254,23 @@ def test_a_validation_that_was_cut_off_is_made_up_for(home, recipe, whole, numbe
     assert validated_after(home / name) == {3, 7, 11}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_1"])
+def test_where_the_model_is_divided_a_last_validation_that_was_cut_off_is_told(
+    home, recipe, strategy
+):
+    """It cannot be divided again, for a validation alone."""
+    converter = {"class_path": "tests.training.tiny.TinyConverter"}
+    val = {"val": {"shards": f"{home}/val-*.tar", "converter": converter}}
+    more = ["--val_every_n_steps=4", f"--data.val_sources={json.dumps(val)}"]
+    args = [*options(home, recipe, strategy), *more, f"--strategy={strategy}"]
+    log = home / f"{strategy}.log"
+    assert jobs.run(args, log, prepare=partial(die_in_validation, signal.SIGKILL)) != 0
+    assert jobs.run(args, log) == 0, log.read_text()
+    assert validated_after(home / strategy) == {3, 7}
+    assert "cannot be made up for under this strategy" in log.read_text()
+
+
 def validated_after(run):
     from mmfusion.training.loggers import read_metrics
 

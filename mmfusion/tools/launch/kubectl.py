@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from mmfusion.tools.launch.client import asked, reason, said
@@ -81,13 +81,16 @@ class Pods:
             if _restarts(pod) > self._starts.get(name, 0):
                 yield from self._lines(name, "--previous")
             self._starts[name] = _restarts(pod)
-            yield from self._lines(name)
-            if pod["status"].get("phase") in ("Succeeded", "Failed"):
+            read = yield from self._lines(name)
+            if read and pod["status"].get("phase") in ("Succeeded", "Failed"):
                 self._whole.add(name)
 
-    def _lines(self, pod: str, *options: str) -> Iterator[str]:
+    def _lines(self, pod: str, *options: str) -> Generator[str, None, bool]:
         """Behind those that are known. The server counts in seconds: times of lines are compared
         here.
+
+        Returns:
+            Whether the server gave them.
         """
         before = self._told.get(pod, "")
         since = [f"--since-time={before}"] if before else []
@@ -97,6 +100,7 @@ class Pods:
             if time > before:
                 self._told[pod] = time
                 yield text
+        return not done.returncode
 
     def _first_pods(self) -> list[Any]:
         """The pods so far of the first machine, the newest one last."""

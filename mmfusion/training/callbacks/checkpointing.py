@@ -15,6 +15,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mmfusion.data.datamodule import data_of
 from mmfusion.stopping import STOPPING, RunInterrupted
@@ -178,8 +179,10 @@ class RunCheckpoint(Checkpoint):
         self._stop()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop before a validation."""
+        """Stop before a validation, which may take long: shards count before it."""
         self._stop()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._shards.finish(self._files(trainer))
 
     def _stop(self) -> None:
         if self._stopping is not None:

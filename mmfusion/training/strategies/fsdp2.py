@@ -157,6 +157,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
             part.to(self.root_device)
         if self.tensor_parallel > 1:
             self.widen(names, names)  # all of it at once
+            self._unread = {}
             divide_layers(module.model.llm, self.device_mesh["tensor_parallel"])
             # PyTorch's own does not add up what lies on several meshes.
             cast(Any, self.precision_plugin).clip_grad_by_norm = clip_by_norm
@@ -272,7 +273,7 @@ class FSDP2(GatheredCheckpoints, ModelParallelStrategy):
 
     def _share(self, value: Tensor, parameter: Tensor) -> Tensor:
         if value.shape != parameter.shape or not isinstance(parameter, DTensor):
-            return value  # AdamW's step
+            return value.clone()  # AdamW's step; a view would keep the file mapped
         mesh, placements = parameter.device_mesh, parameter.placements
         value = value.to(self.root_device)
         share = distribute_tensor(value, mesh, placements, src_data_rank=None)

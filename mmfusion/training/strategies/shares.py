@@ -26,8 +26,13 @@ from mmfusion.tuning import is_half
 
 ASKED = ("generate_samples", "table_samples", "media_samples")
 """Of a validation: for how many samples it asks the model."""
-OF_MATRICES = ("Adafactor", "LBFGS", "Muon", "SparseAdam", "Shampoo", "SOAP")
-"""Optimizers, of PyTorch and others, whose update of a number depends on its neighbours."""
+OF_MATRICES = (
+    *("adafactor", "adam_mini", "asgd", "came", "dadaptadam", "distributedshampoo", "fusedlamb"),
+    *("lamb", "lars", "lbfgs", "muon", "novograd", "prodigy", "shampoo", "soap", "sparseadam"),
+)
+"""Optimizers, of PyTorch and others, whose update of a number depends on its neighbours, on all
+numbers, or on a number that groups do not share; in small letters.
+"""
 
 
 def frozen_parts(module: MultimodalModule) -> list[tuple[nn.Module, str]]:
@@ -140,10 +145,10 @@ def refuse_optimizer(optimizer: Any, strategy: str) -> None:
     """What is divided is stepped in pieces, which is the same only where each number is by itself.
 
     Raises:
-        ValueError: for optimizers that look at a whole matrix.
+        ValueError: for optimizers that look at more.
     """
-    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
-    if whole := sorted(kinds & set(OF_MATRICES)):
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__]
+    if whole := [kind for kind in kinds if kind.lower() in OF_MATRICES]:
         raise ValueError(
             f"model.optimizer is {whole[0]}, which computes with whole matrices, but {strategy} "
             "divides what it steps: it would train otherwise than one process does. Use AdamW or "
@@ -203,6 +208,7 @@ class GatheredCheckpoints(Strategy):
     ) -> None:
         """Copy one into memory of its own, as :meth:`widen` does, whatever it is."""
         value = self._unread.get(names[parameter], parameter.data)
+        assert value.shape == parameter.shape, names[parameter]
         dtype = torch.float32 if is_half(parameter) else parameter.dtype
         parameter.data = value.to(device, dtype, copy=True)
 

@@ -294,6 +294,12 @@ def test_files_by_hand_find_the_run(tmp_path):
         ("runs/mine   # my first", "runs/mine"),
         ('"runs/mine #2" # the second', "runs/mine #2"),
         ("'runs/my own'", "runs/my own"),
+        ("null", "runs/a"),
+        ("$PLACE/${THERE}/mine", "/shared/a & b/mine"),
     ):
         (tmp_path / "c.yaml").write_text(f"run_dir: {line}\n")
-        assert found(*both, "-c", "c.yaml") == run
+        given = ["a.yaml", "--config=c.yaml"]
+        assert found(*given, PLACE="/shared", THERE="a & b") == run
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        found(*given)
+    assert "but PLACE is not set" in failed.value.stderr

@@ -41,10 +41,15 @@ RENDEZVOUS=${RENDEZVOUS:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}
 recipe=${1:?give a recipe}
 run=$(printf '%s\n' "$@" | sed -n 's/^--run_dir=//p; /^--run_dir$/{n;p}' | tail -n 1)
 run=${run:-$RUN_DIR}
-run=${run:-$(sed -ns 's/^run_dir: *//p' -- "$@" 2> /dev/null | tail -n 1 |
-    sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/[[:space:]]+#.*//; s/[[:space:]]+\$//")}
+run=${run:-$(sed -ns 's/^run_dir: *//p' -- "${@#--config=}" 2> /dev/null | tail -n 1 |
+    sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/(^|[[:space:]]+)#.*//; s/[[:space:]]+\$//; s/^(null|~)\$//")}
 run=${run:-runs/$(basename "$recipe" .yaml)}
 run=${run/#\~\//$HOME/}
+MMFUSION_CACHE=${MMFUSION_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mmfusion}
+while [[ $run =~ \$\{?([A-Za-z_][A-Za-z0-9_]*)\}? ]]; do
+    name=${BASH_REMATCH[1]}
+    run=${run/"${BASH_REMATCH[0]}"/"${!name:?run_dir is $run, but $name is not set}"}
+done
 # Of torchrun.sh: watches torchrun's agent and the ranks that it starts ($notes/starts: a line each time). It gives up
 # after failures without a new checkpoint, hands on a signal to stop, and ends with the code of torchrun.sh.
 notes=$(mktemp -d) || exit
