@@ -362,7 +362,6 @@ class Idle(L.Callback):
 TURNS = 8
 TOGETHER = {
     "shared by two": (2, ["--sequence_parallel=2", *zero(3)]),
-    "shared by two of four": (4, ["--sequence_parallel=2", "--strategy=ddp"]),
     "layers of two of four": (4, [f"--trainer.strategy={FSDP2}", TENSOR]),
     "deepspeed_2_offload": (2, ["--strategy=deepspeed_2_offload"]),
     "deepspeed_3_offload": (2, [*zero(3), "--trainer.strategy.offload=cpu"]),

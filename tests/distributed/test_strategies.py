@@ -379,8 +379,8 @@ def test_other_optimizers_go_on_from_one_process(home, recipe, optimizer, name):
 
 @pytest.mark.parametrize("name", ["ddp", "deepspeed_3", "fsdp2"])
 def test_weights_of_another_shape_are_refused(home, recipe, name):
-    path = stopped(home, recipe, f"rank 8 on {name}", 1, *GIVEN[name])
-    more = ["--model.tuning.llm.init_args.r=2", "--allow_recipe_change"]
+    path = stopped(home, recipe, f"rank 2 on {name}", 1, *GIVEN[name])
+    more = ["--model.tuning.llm.init_args.r=4", "--allow_recipe_change"]
     run(home, recipe, path.name, 1, *GIVEN[name], *more, ends=1)
     said = (home / f"{path.name}.log").read_text()
     assert "tensors of the checkpoint have another shape in this recipe" in said

@@ -91,7 +91,7 @@ def test_a_weight_is_found_although_lora_wraps_it_now():
     earlier, model = Parts(), Parts()
     inject_adapter_in_model(LoraConfig(target_modules=["projector.0"]), model)
     loaded = load_kept(model, {"projector.0.weight": earlier.projector[0].weight}, "there")
-    assert loaded == {"projector.0.base_layer.weight"}
+    assert loaded == {"projector.0.base_layer.weight": "projector.0.weight"}
     assert torch.equal(model.projector[0].base_layer.weight, earlier.projector[0].weight)
 
 

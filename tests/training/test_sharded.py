@@ -97,10 +97,10 @@ def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="rank-00001") as one:
-            AtomicCheckpointIO().save_shards(given, tmp_path / "a", 1, 2)
+            AtomicCheckpointIO().save_shards(given, tmp_path / "a", 1, 2).result()
         rest = {**given, "state_dict": {}, "optimizer_states": [{"state": {}, "param_groups": []}]}
         with pytest.raises(OSError, match=r"rest\.ckpt") as two:
-            AtomicCheckpointIO().save_shards(rest, tmp_path / "b", 0, 2)
+            AtomicCheckpointIO().save_shards(rest, tmp_path / "b", 0, 2).result()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert one.value.errno == two.value.errno == errno.EFBIG
