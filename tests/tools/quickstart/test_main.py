@@ -243,8 +243,8 @@ def test_failing_fit_stops_the_quickstart(tmp_path):
 
 
 @pytest.mark.slow
-# A guard against hanging. 435 MB may have to be fetched first, and without bfloat16, beside two other
-# workers on two cores, it takes over 45 minutes.
+# A guard against hanging. 435 MB may have to be fetched first, and without bfloat16, beside two
+# other workers on two cores, it takes over 45 minutes.
 @pytest.mark.timeout(4500)
 def test_small_quickstart_from_nothing_to_report(tmp_path, real_weights):
     """The real thing, downloads included where the cache (MMFUSION_CACHE) lacks them."""
